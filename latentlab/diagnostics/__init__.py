@@ -1,0 +1,21 @@
+"""Diagnostics: pure functions of arrays and callables, which know no model and no guide."""
+
+from latentlab.diagnostics.estimate import Estimate, log_mean_exp
+from latentlab.diagnostics.kl import kl, kl_from_draws
+from latentlab.diagnostics.labels import Alignment, align
+from latentlab.diagnostics.psis import KhatTable, Psis, khat_per_column, psis
+from latentlab.diagnostics.rhat import rhat
+
+__all__ = [
+    "Alignment",
+    "Estimate",
+    "KhatTable",
+    "Psis",
+    "align",
+    "khat_per_column",
+    "kl",
+    "kl_from_draws",
+    "log_mean_exp",
+    "psis",
+    "rhat",
+]

@@ -1,0 +1,64 @@
+r"""R-hat: whether sequences have forgotten where they began.
+
+.. math:: \hat R = \sqrt{\frac{L - 1}{L} + \frac{B}{W}}
+
+Every chain is cut into halves of length L. W is the mean variance within the halves, B the
+variance of their means.
+
+Letters: C chains, S draws in each, P quantities, L = S // 2.
+"""
+
+from __future__ import annotations
+
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from latentlab.diagnostics.estimate import to_tensor
+
+__all__ = ["rhat"]
+
+
+def rhat(x: ArrayLike | Tensor) -> Tensor:
+    """Split R-hat of each column.
+
+    How to read it: 1 if the halves of all chains look alike. Above 1.01 a sampler's chains have
+    not mixed: run them longer, or from a better start. Iterates of an optimiser are correlated,
+    and below 1.1 count as stationary.
+
+    Arguments:
+        x: one chain, shape (S, P), or several of equal length, shape (C, S, P); S at least 4. Of
+            an odd S the middle draw is left out.
+
+    Returns:
+        Shape (P,). 1 for a column that is constant, infinite for one that is constant in each half
+        but not the same in all, NaN for one with a NaN.
+
+    Raises:
+        ValueError: for other shapes, or fewer than four draws.
+
+    References:
+        | Bayesian data analysis, 3rd edition, section 11.4 (Gelman et al., 2013)
+        | Rank-normalization, folding, and localization: an improved R-hat (Vehtari et al., 2021)
+
+    Example:
+        >>> x = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
+        >>> x[:, 1] += torch.linspace(0, 3, 1000)  # a trend
+        >>> rhat(x)
+        tensor([1.0, 1.4], dtype=torch.float64)
+    """
+    chains = to_tensor(x).double()
+    if chains.dim() == 2:
+        chains = chains[None]
+    if chains.dim() != 3 or chains.shape[0] == 0 or chains.shape[1] < 4:
+        raise ValueError(
+            "x: expected shape (S, P) or (C, S, P) with at least 4 draws S, "
+            f"got {tuple(chains.shape)}; for one quantity use x[:, None]"
+        )
+    L = chains.shape[1] // 2
+    halves = torch.cat([chains[:, :L], chains[:, -L:]])  # (2 C, L, P)
+    within = halves.var(1).mean(0)
+    between = halves.mean(1).var(0)
+    ratio = ((L - 1) / L + between / within).sqrt()
+    constant = halves.amax((0, 1)) == halves.amin((0, 1))
+    return torch.where(constant, 1.0, ratio)

@@ -1,0 +1,360 @@
+"""``fit``: one loop from a pair and data to a posterior."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentlab.data.checks import as_count, as_seed
+from latentlab.diagnostics import Estimate
+from latentlab.guides import GaussianGuide
+from latentlab.inference import objectives
+from latentlab.inference.checkpoint import fingerprint
+from latentlab.inference.check import Fault, accepts_size, prepare
+from latentlab.inference.pair import Arguments, Pair
+from latentlab.inference.posterior import Posterior, Restarts
+from latentlab.inference.sandbox import manual_seed, stream
+from latentlab.inference.stages import Climb, FitDivergedError, evaluate, first_bad
+from latentlab.protocols import StartsFrom
+
+__all__ = ["FitDivergedError", "fit"]
+
+_log = logging.getLogger("latentlab")
+
+_WARM_UP = 400  # steps from each start
+_PRIOR_DRAWS = 200
+_MANY_PARAMETERS = 100_000  # above, one start is what a fit can afford
+_CHEAP_ELEMENTS = 20_000  # below, eight particles cost about what one does
+
+
+def fit(
+    model: Callable,
+    data: Any = None,  # noqa: ANN401
+    guide: Any = "auto",  # noqa: ANN401
+    *,
+    batch_size: int | None = None,
+    num_restarts: int | None = None,
+    num_particles: int | None = None,
+    max_steps: int = 20_000,
+    lr: float = 0.05,
+    tol: float = 0.03,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Posterior:
+    r"""Fit a guide to the posterior of a model by stochastic variational inference.
+
+    Maximises the evidence lower bound
+    :math:`\mathbb{E}_{q(z)}[\log p(x, z) - \log q(z)]` from several starts, in averaged stages,
+    until two stages agree. The arguments are not changed, nor is any state of Pyro or torch.
+
+    Arguments:
+        model: a callable with ``pyro.sample`` statements; best ``model(x=None, size=None)``.
+        data: a tensor, array, frame or ``Table`` (one argument), a tuple (``*args``) or a dict
+            (``**kwargs``).
+        guide: a callable with the model's signature, a guide of ``latentlab.guides``, or one of
+            ``"auto"`` (the model's own, else by size), ``"point"``, ``"mean_field"``,
+            ``"full_rank"``.
+        batch_size: rows per step; ``None`` takes all. The model must accept ``size``.
+        num_restarts: starts; by default 4 for guides of ours, 1 for others and for large ones.
+        num_particles: draws per step; by default 8 where they are cheap, else 1.
+        max_steps: steps in all.
+        lr: rate of the first stage, in posterior standard deviations (for a guide of your own: in
+            units of its parameters).
+        tol: stages agree below this shift, in posterior standard deviations.
+        seed: same seed, same machine, same bytes.
+        progress: a progress bar; by default where stderr is a terminal.
+
+    Returns:
+        The posterior: frozen, with its own copy of the pair.
+
+    Raises:
+        ValueError: for data, settings or a pair that cannot be fitted; each fault is named.
+        FitDivergedError: if the objective stays non-finite.
+
+    References:
+        | Stochastic variational inference (Hoffman et al., 2013)
+        | Robust, automated, and accurate black-box variational inference (Welandawe et al., 2022)
+
+    Example:
+        >>> import latentlab as ll
+        >>> x = ll.data.simulate.eruptions(num_rows=100)
+        >>> model = ll.GaussianMixture(num_features=2, num_components=2)
+        >>> posterior = ll.fit(model, x, num_restarts=1, max_steps=300, progress=False)
+        >>> posterior.sample(5)["locs"].shape
+        torch.Size([5, 2, 2])
+    """
+    begin = time.perf_counter()
+    settings = _Settings.checked(batch_size, num_restarts, num_particles, max_steps, lr, tol, seed)
+    pair, report = prepare(model, data, guide)
+    if not report.ok:
+        raise ValueError(_refusal(report.faults))
+    for fault in report.faults:
+        warnings.warn(str(fault), stacklevel=2)
+    batch_size = _batch_size(pair, settings.batch_size)
+    with _progress(progress, max_steps) as tick, pair.entered(stream(seed, "fit")):
+        climb, restarts, interrupted = _climb(pair, settings, batch_size, tick)
+        elbo = _final_elbo(pair, seed)
+    _log.info("fit ended: %s", climb.stop_reason)
+    return Posterior(
+        pair=pair,
+        seed=seed,
+        elbo=elbo,
+        losses=torch.tensor(climb.losses, dtype=torch.float64),
+        stage_starts=tuple(climb.stage_starts),
+        stage_elbos=tuple(climb.stage_elbos),
+        converged=climb.converged,
+        stop_reason=climb.stop_reason,
+        restarts=restarts,
+        notes=(*map(str, report.faults), *report.notes),
+        seconds=time.perf_counter() - begin,
+        fitted_to=fingerprint(pair.data),
+    )
+
+
+@dataclass(frozen=True)
+class _Settings:
+    batch_size: int | None
+    num_restarts: int | None
+    num_particles: int | None
+    max_steps: int
+    lr: float
+    tol: float
+    seed: int
+
+    @classmethod
+    def checked(
+        cls,
+        batch_size: int | None,
+        num_restarts: int | None,
+        num_particles: int | None,
+        max_steps: int,
+        lr: float,
+        tol: float,
+        seed: int,
+    ) -> _Settings:
+        """Settings in range, each fault named."""
+        counts = {
+            "batch_size": batch_size,
+            "num_restarts": num_restarts,
+            "num_particles": num_particles,
+        }
+        checked = {k: v if v is None else as_count(v, k) for k, v in counts.items()}
+        max_steps = as_count(max_steps, "max_steps")
+        for name, value in (("lr", lr), ("tol", tol)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
+                raise ValueError(f"{name}: expected a number > 0, got {value!r}")
+        if seed is None:
+            raise ValueError("seed: expected an int >= 0, got None")
+        return cls(**checked, max_steps=max_steps, lr=lr, tol=tol, seed=as_seed(seed))
+
+
+def _refusal(faults: tuple[Fault, ...]) -> str:
+    fatal = [str(fault) for fault in faults if fault.fatal]
+    return "the pair cannot be fitted: " + "; ".join(fatal)
+
+
+def _batch_size(pair: Pair, batch_size: int | None) -> int | None:
+    """The size of a mini-batch that can be taken, or ``None`` for the whole data."""
+    if batch_size is None:
+        return None
+    tensors = pair.data.tensors()
+    if not tensors or any(t.dim() == 0 or len(t) != len(tensors[0]) for t in tensors):
+        raise ValueError("batch_size: expected data whose tensors have one row for each datum")
+    if not accepts_size(pair.model):
+        raise ValueError(
+            "batch_size: the model must accept size=..., the number of rows a batch stands for; "
+            "write model(x=None, size=None) with rows(x, size)"
+        )
+    if isinstance(pair.guide, GaussianGuide) and pair.local_plate():
+        raise ValueError(
+            f"batch_size: latents are local to plate {pair.local_plate()!r}, which this guide "
+            "cannot follow through mini-batches; write a guide that computes them from the batch"
+        )
+    if batch_size > len(tensors[0]):
+        warnings.warn(
+            f"batch_size: {batch_size} is more than the {len(tensors[0])} rows; all are taken",
+            stacklevel=3,
+        )
+        return None
+    return batch_size if batch_size < len(tensors[0]) else None
+
+
+def _batches(pair: Pair, batch_size: int | None, seed: int) -> Callable[[int], Arguments]:
+    """Step -> data of that step, from (seed, step) alone."""
+    if batch_size is None:
+        return lambda step: pair.data
+    num_rows = len(pair.data.tensors()[0])
+    takes_size = accepts_size(pair.guide) if not isinstance(pair.guide, GaussianGuide) else True
+    if not takes_size:
+        raise ValueError("batch_size: the guide must accept size=..., as the model does")
+
+    def batch(step: int) -> Arguments:
+        generator = torch.Generator().manual_seed(stream(seed, "batch", step))
+        rows = torch.randperm(num_rows, generator=generator)[:batch_size]
+        part = pair.data.map(lambda tensor: tensor[rows.to(tensor.device)])
+        return Arguments(part.args, {**part.kwargs, "size": num_rows}, part.names)
+
+    return batch
+
+
+def _climb(
+    pair: Pair, settings: _Settings, batch_size: int | None, tick: Callable[[int, float], None]
+) -> tuple[Climb, Restarts, bool]:
+    """Warm up from every start, go on from the best until converged."""
+    ours = isinstance(pair.guide, GaussianGuide)
+    num_restarts, num_particles = _affordable(pair, settings, batch_size)
+    climbs: list[tuple[Climb, dict[str, Tensor], Estimate]] = []
+    climb = None
+    try:
+        for start in range(num_restarts):
+            begin = stream(settings.seed, "start", start)
+            climb = Climb(
+                pair,
+                begin,
+                num_particles,
+                lr=settings.lr,
+                tol=settings.tol,
+                max_steps=settings.max_steps,
+                batch=_batches(pair, batch_size, begin),
+                tick=tick,
+            )
+            initial = _Starts(pair, settings.seed)(start)
+            if not ours and start:
+                climb.restore(initial)
+            reached = climb.warm_up(_WARM_UP, rate=2 * settings.lr if ours else settings.lr)
+            climbs.append((climb, climb.state(), reached))
+        climb, state, _ = max(climbs, key=lambda c: c[2].value)
+        climb.restore(state)
+        climb.until_converged()
+        interrupted = False
+    except KeyboardInterrupt:
+        interrupted = True
+        if climbs and not climb.losses:
+            climb = climbs[-1][0]
+        climb.stop_reason = f"interrupted at step {climb.num_steps}; the state then is kept"
+    elbos = tuple(reached for _, _, reached in climbs)
+    return climb, Restarts(elbos), interrupted
+
+
+def _affordable(pair: Pair, settings: _Settings, batch_size: int | None) -> tuple[int, int]:
+    """Numbers of starts and of particles, where the caller did not say."""
+    ours = isinstance(pair.guide, GaussianGuide)
+    size = sum(p.numel() for p in pair.parameters().values())
+    num_restarts = settings.num_restarts or (4 if ours and size < _MANY_PARAMETERS else 1)
+    rows = sum(t.numel() for t in pair.data.tensors())
+    if batch_size is not None:
+        rows = rows * batch_size // len(pair.data.tensors()[0])
+    many = pair.vectorised and rows + size <= _CHEAP_ELEMENTS
+    num_particles = settings.num_particles or (8 if many else 1)
+    if pair.is_point():
+        num_particles = 1  # a point is drawn without noise
+    return num_restarts, num_particles
+
+
+class _Starts:
+    """Start 0 is the model's own or the median of the prior, the others are further ones."""
+
+    def __init__(self, pair: Pair, seed: int) -> None:
+        self.pair, self.seed = pair, seed
+
+    def __call__(self, start: int) -> dict[str, Tensor]:
+        """Put the pair at a start with a finite objective; at most ten are tried."""
+        for attempt in range(10):
+            self._place(start, attempt)
+            manual_seed(stream(self.seed, "start", start, attempt))
+            with torch.no_grad():
+                weights = objectives.log_weights(self.pair, 4 if self.pair.vectorised else 1)
+            if torch.isfinite(weights).all():
+                return {k: v.detach().clone() for k, v in self.pair.parameters().items()}
+        with torch.no_grad():
+            draws = objectives.draw(self.pair, 1)
+            site, value = first_bad(objectives.site_log_probs(self.pair, draws))
+        raise ValueError(
+            f"site {site!r}: its log-density is {value} at each of ten starts; "
+            "look at its support and at the scale of its parents' priors"
+        )
+
+    def _place(self, start: int, attempt: int) -> None:
+        guide = self.pair.guide
+        if not isinstance(guide, GaussianGuide):
+            return
+        seed = stream(self.seed, "place", start, attempt)
+        manual_seed(seed)
+        free = guide.pack(_prior_draws(self.pair, _PRIOR_DRAWS))
+        free = torch.where(torch.isfinite(free), free, 0.0)
+        low, center, high = free.quantile(torch.tensor([0.16, 0.5, 0.84]).to(free), dim=0)
+        unit = ((high - low) / 2).clamp_min(1e-8 * center.abs() + 1e-300)
+        if start or attempt:
+            center = free[0].clamp(center - 2 * unit, center + 2 * unit)
+        owner = getattr(self.pair.model, "__self__", self.pair.model)
+        if isinstance(owner, StartsFrom):
+            values = owner.starting_values(*self.pair.data.args, seed=seed, **self.pair.data.kwargs)
+            center = self._overwrite(center, values)
+        guide.start(center, 0.1 * unit)
+
+    def _overwrite(self, center: Tensor, values: dict[str, Tensor]) -> Tensor:
+        guide = self.pair.guide
+        current = guide.unpack(center[None])[0]
+        current |= {
+            name: value.reshape(current[name].shape).to(center)
+            for name, value in values.items()
+            if name in current
+        }
+        return guide.pack(current)[0]
+
+
+def _prior_draws(pair: Pair, num_draws: int) -> dict[str, Tensor]:
+    """Draws of the latents from the prior, the observed sites left as they are."""
+    with torch.no_grad():
+        if pair.vectorised:
+            with objectives.particles(num_draws, pair), objectives.Substitute({}) as record:
+                pair.data.call(pair.model)
+            return {z.name: _particle_first(record.values[z.name], num_draws, z.shape)
+                    for z in pair.latents}
+        singles = []
+        for _ in range(num_draws):
+            with objectives.Substitute({}) as record:
+                pair.data.call(pair.model)
+            singles.append(record.values)
+        return {z.name: torch.stack([s[z.name] for s in singles]) for z in pair.latents}
+
+
+def _particle_first(value: Tensor, num_draws: int, shape: tuple[int, ...]) -> Tensor:
+    return value.reshape(-1, *shape).expand(num_draws, *shape)
+
+
+def _final_elbo(pair: Pair, seed: int) -> Estimate:
+    manual_seed(stream(seed, "elbo"))
+    num_draws = 1 if pair.is_point() else 1000 if pair.vectorised else 100
+    with torch.no_grad():
+        return evaluate(pair, objectives.draw(pair, num_draws))
+
+
+@contextmanager
+def _progress(wanted: bool | None, total: int) -> Iterator[Callable[[int, float], None]]:
+    """A bar on a terminal, nothing elsewhere."""
+    if not (sys.stderr.isatty() if wanted is None else wanted):
+        yield lambda step, loss: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("fit"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+
+        def tick(step: int, loss: float) -> None:
+            if step % 50 == 0 and math.isfinite(loss):
+                bar.update(task, completed=step, description=f"step {step}  ELBO {-loss:.1f}")
+
+        yield tick

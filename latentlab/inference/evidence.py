@@ -1,0 +1,248 @@
+r"""The evidence on a posterior: every figure that the verdict rests on, with its error.
+
+k-hat is taken over all latents at once first. Where that is good, all of them are; where it is
+not, and some latents are local to the rows, the blocks tell which: the global latents with the
+local ones integrated out,
+
+.. math:: w_s = \frac{p(\theta_s)}{q(\theta_s)} \prod_n \frac{1}{M} \sum_m
+          \frac{p(x_n, z_{nm} \mid \theta_s)}{q(z_{nm})},
+
+and each datum's local latents on their own. A thousand latents that are each ten percent too
+narrow are each fine, and together look hopeless.
+
+Letters: S draws, N data, M inner draws.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from latentlab.diagnostics import Estimate, KhatTable, Psis, khat_per_column, kl_from_draws, psis
+from latentlab.guides import Draws, GaussianGuide, MeanField
+from latentlab.inference import objectives
+from latentlab.inference.stages import chunks, particle_chunk
+from latentlab.protocols import Describes
+
+if TYPE_CHECKING:
+    from latentlab.inference.posterior import Posterior, Restarts
+
+__all__ = ["Block", "Evidence", "gather"]
+
+_DRAWS = 10_000
+_FEWEST_DRAWS = 1_000
+_ELEMENTS = 2**31  # numbers through the model for one k-hat
+_OUTER, _INNER = 1_000, 64
+
+
+@dataclass(frozen=True)
+class Block:
+    """k-hat of a block of latents: one figure, or one for each datum."""
+
+    name: str
+    result: Psis | KhatTable
+
+    @property
+    def khat(self) -> float:
+        """The figure, or the worst of them."""
+        return float(self.result.khat if isinstance(self.result, Psis) else max(self.result.khat))
+
+    @property
+    def se(self) -> float:
+        """Standard error of that figure."""
+        if isinstance(self.result, Psis):
+            return float(self.result.se)
+        return float(self.result.se[int(torch.as_tensor(self.result.khat).argmax())])
+
+    @property
+    def share_bad(self) -> float | None:
+        """Share of the data above 0.7; ``None`` for a single figure."""
+        if isinstance(self.result, Psis):
+            return None
+        return len(self.result.bad) / len(self.result.khat)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All figures; :func:`latentlab.inference.verdict.judge` reads them."""
+
+    converged: bool
+    stop_reason: str
+    is_point: bool
+    blocks: tuple[Block, ...]
+    elbo: Estimate
+    recorded_elbo: Estimate
+    other_data: bool
+    restarts: Restarts
+    kl: Mapping[str, Estimate]
+    switched: Estimate | None
+    remarks: tuple[str, ...]
+
+    def as_text(self) -> dict[str, str]:
+        """Name -> figure with its error."""
+        text = {"stop": self.stop_reason}
+        text |= {f"k-hat, {block.name}": str(block.result) for block in self.blocks}
+        text |= {"ELBO": f"{self.elbo} nats", "starts": str(self.restarts)}
+        text |= {f"KL to prior, {site}": f"{kl} nats" for site, kl in self.kl.items()}
+        if self.switched is not None:
+            text["draws with switched labels"] = str(self.switched)
+        return text
+
+
+def gather(posterior: Posterior, num_samples: int | None, seed: int | None) -> Evidence:
+    """Measure everything the rules ask for.
+
+    Arguments:
+        posterior: a posterior with its data.
+        num_samples: draws S behind each k-hat; by default 10,000, fewer for large data.
+        seed: of the draws, by default the fit's.
+    """
+    from latentlab.inference.checkpoint import fingerprint
+
+    pair = posterior.pair
+    is_point = pair.is_point()
+    size = sum(t.numel() for t in pair.data.tensors()) + 1
+    affordable = max(_FEWEST_DRAWS, min(_DRAWS, _ELEMENTS // size // 100))
+    draws = posterior.log_weights(
+        2 if is_point else num_samples or (affordable if pair.vectorised else _FEWEST_DRAWS), seed
+    )
+    elbo = Estimate.from_draws(draws)
+    owner = getattr(pair.model, "__self__", pair.model)
+    aligned = posterior._aligned(1000, seed) if pair.latents else None
+    return Evidence(
+        converged=posterior.converged,
+        stop_reason=posterior.stop_reason,
+        is_point=is_point,
+        blocks=() if is_point else _blocks(posterior, draws, seed),
+        elbo=elbo,
+        recorded_elbo=posterior.elbo,
+        other_data=bool(posterior.fitted_to) and fingerprint(pair.data) != posterior.fitted_to,
+        restarts=posterior.restarts,
+        kl={} if is_point else _kl_to_prior(posterior, seed),
+        switched=aligned.switched if aligned is not None and posterior._axes else None,
+        remarks=tuple(owner.remarks(aligned.draws))
+        if isinstance(owner, Describes) and aligned is not None
+        else (),
+    )
+
+
+def _blocks(posterior: Posterior, log_weights: Tensor, seed: int | None) -> tuple[Block, ...]:
+    bad = ~torch.isfinite(log_weights) & (log_weights != -math.inf)
+    if bad.any():
+        return ()  # the rule on the ELBO names it
+    joint = Block("all latents", psis(log_weights))
+    pair = posterior.pair
+    splits = isinstance(pair.guide, MeanField) or not isinstance(pair.guide, GaussianGuide)
+    local = pair.local_plate() is not None and pair.vectorised and not pair.summed_out
+    if joint.khat <= 0.7 or not (splits and local):
+        return (joint,)
+    return _local_blocks(posterior, seed)
+
+
+def _local_blocks(posterior: Posterior, seed: int | None) -> tuple[Block, ...]:
+    """Global latents with the local ones integrated out, and each datum on its own."""
+    pair = posterior.pair
+    plate = pair.local_plate()
+    outer_weights, inner_means = [], None
+    chunk = max(1, particle_chunk(pair, _OUTER * _INNER) // _INNER)
+    has_global = any(not pair.is_local(z.name) for z in pair.latents)
+    with torch.no_grad(), posterior._entered("blocks", seed):
+        # One draw of the global latents, many of the local ones: each datum's own k-hat.
+        values, log_q = _nested(posterior, 1, _OUTER)
+        local = _by_datum(posterior, values, log_q, plate)[1]
+        blocks = [Block(f"each datum's latents ({plate})", khat_per_column(local))]
+        if has_global:
+            for start in range(0, _OUTER, chunk):
+                outer = min(chunk, _OUTER - start)
+                values, log_q = _nested(posterior, outer, _INNER)
+                rest, per_datum = _by_datum(posterior, values, log_q, plate)
+                inner_means = per_datum.reshape(outer, _INNER, -1).logsumexp(1) - math.log(_INNER)
+                outer_weights.append(rest.reshape(outer, _INNER)[:, 0] + inner_means.sum(-1))
+            blocks.insert(0, Block("global latents", psis(torch.cat(outer_weights))))
+    return tuple(blocks)
+
+
+def _nested(
+    posterior: Posterior, outer: int, inner: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """``outer`` draws of the global latents, each with ``inner`` draws of the local ones."""
+    pair = posterior.pair
+    drawn = objectives.draw(pair, outer).values
+    kept = {
+        name: value.repeat_interleave(inner, 0)
+        for name, value in drawn.items()
+        if not pair.is_local(name) and isinstance(value, Tensor)
+    }
+    if isinstance(pair.guide, MeanField):
+        values = objectives.draw(pair, outer * inner).values | kept
+        return values, pair.guide.element_log_prob(values)
+    with objectives.particles(outer * inner, pair), objectives.Record(kept) as record:
+        pair.data.call(pair.guide)
+    return record.values, record.log_prob
+
+
+def _by_datum(
+    posterior: Posterior, values: dict[str, Tensor], log_q: dict[str, Tensor], plate: str | None
+) -> tuple[Tensor, Tensor]:
+    """log p - log q of what is outside the plate (S,), and of each of its elements (S, N)."""
+    pair = posterior.pair
+    num = len(next(iter(values.values())))
+    log_p = objectives.site_log_probs(pair, Draws(values, torch.zeros(num)))
+    rest: Tensor | float = torch.zeros(num)
+    local: Tensor | float = 0.0
+    for sign, parts in ((1.0, log_p), (-1.0, log_q)):
+        for site, part in parts.items():
+            dims = {name: dim for name, _, dim in pair.plates.get(site, ())}
+            part = part if part.dim() > pair.nesting else part.expand(num, *_pad(part, pair.nesting))
+            part = part.expand(num, *part.shape[1:])
+            if plate in dims:
+                local = local + sign * part.movedim(dims[plate], 1).flatten(2).sum(-1) if (
+                    part.dim() > 2
+                ) else local + sign * part
+            else:
+                rest = rest + sign * part.flatten(1).sum(-1)
+    return rest, local
+
+
+def _pad(part: Tensor, nesting: int) -> tuple[int, ...]:
+    return (1,) * (nesting - part.dim()) + tuple(part.shape)
+
+
+def _kl_to_prior(posterior: Posterior, seed: int | None) -> dict[str, Estimate]:
+    """KL of each site from its prior given its parents, by draws of the guide, in nats."""
+    pair = posterior.pair
+    with torch.no_grad(), posterior._entered("kl", seed):
+        draws = objectives.draw(pair, 1000 if pair.vectorised else 200)
+        num = len(draws)
+        parts = [(objectives.site_log_probs(pair, d), len(d)) for d in chunks(pair, draws)]
+        if isinstance(pair.guide, GaussianGuide):
+            log_q = pair.guide.site_log_prob(draws.values)
+        else:
+            with objectives.Record(
+                {k: v for k, v in draws.values.items() if k not in pair.points}
+            ) as record, objectives.particles(num, pair):
+                if not pair.vectorised:
+                    return {}
+                pair.data.call(pair.guide)
+            log_q = record.log_prob
+    found = {}
+    for latent in pair.latents:
+        if latent.name in pair.points or latent.name not in log_q:
+            continue
+        prior = torch.cat([_total(p[latent.name], pair.nesting, size) for p, size in parts])
+        own = _total(log_q[latent.name], pair.nesting, num)
+        found[latent.name] = kl_from_draws(own, prior)
+    return found
+
+
+def _total(log_prob: Tensor, nesting: int, num: int) -> Tensor:
+    if log_prob.dim() == 1 and len(log_prob) == num and nesting > 0:
+        return log_prob
+    if log_prob.dim() <= nesting:
+        return log_prob.sum().expand(num)
+    return log_prob.expand(num, *log_prob.shape[1:]).reshape(num, -1).sum(-1)

@@ -1,0 +1,202 @@
+r"""The rules of the verdict, in one readable place.
+
+A posterior is judged by evidence, each piece with its error:
+
+===================  =================================================================================
+evidence             reading
+===================  =================================================================================
+stop                 a climb that did not converge asks for care
+k-hat                of the importance weights, per block: above 0.7 the guide misses parts of the
+                     posterior (do not use), above 0.5 it is strained (care)
+ELBO                 measured again: far from what the fit recorded, parameters or data were changed
+starts               the best optimum found once only, or other optima close by, asks for care
+KL to the prior      of each site: near zero, the data say nothing about it (care)
+label switching      draws that mix labels blur every figure about single components (care)
+===================  =================================================================================
+
+The level is the worst that any piece asks for. What it cannot see: a mode that no start found, and
+a model that is wrong in a way its own posterior does not show.
+
+References:
+    | Yes, but did it work?: evaluating variational inference (Yao et al., 2018)
+    | Pareto smoothed importance sampling (Vehtari et al., 2024)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from latentlab.diagnostics import Estimate
+from latentlab.inference.evidence import Block, Evidence, gather
+
+if TYPE_CHECKING:
+    from latentlab.inference.posterior import Posterior
+
+__all__ = ["LEVELS", "Verdict", "judge"]
+
+LEVELS = ("use", "use with care", "do not use")
+
+_FEW_BAD = 0.05  # share of data whose k-hat may be above 0.7 by noise and a few outliers
+_UNUSED_NATS = 0.01  # KL to the prior below which a site has learnt nothing
+_SWITCHED = 0.01  # share of draws with swapped labels
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one rule found: how bad, why, and what to try."""
+
+    level: str
+    reason: str
+    next_step: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether to believe a fit.
+
+    Arguments:
+        level: ``"use"``, ``"use with care"`` or ``"do not use"``.
+        reasons: why, each sentence with its figure.
+        next_steps: what to try.
+        evidence: the figures behind it, as text, by name.
+    """
+
+    level: str
+    reasons: tuple[str, ...]
+    next_steps: tuple[str, ...]
+    evidence: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [self.level]
+        lines += [f"  why: {reason}" for reason in self.reasons]
+        lines += [f"  try: {step}" for step in self.next_steps]
+        width = max((len(name) for name in self.evidence), default=0)
+        lines += [f"  {name:<{width}}  {value}" for name, value in self.evidence.items()]
+        return "\n".join(lines)
+
+    def spec(self) -> dict[str, Any]:
+        """The verdict as JSON values."""
+        return {
+            "level": self.level,
+            "reasons": list(self.reasons),
+            "next_steps": list(self.next_steps),
+            "evidence": dict(self.evidence),
+        }
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any]) -> Verdict:
+        """The verdict that :meth:`spec` described."""
+        steps, reasons = tuple(spec["next_steps"]), tuple(spec["reasons"])
+        return cls(spec["level"], reasons, steps, dict(spec["evidence"]))
+
+
+def judge(posterior: Posterior, num_samples: int | None, seed: int | None) -> Verdict:
+    """Gather the evidence on a posterior and apply the rules.
+
+    Arguments:
+        posterior: a posterior with its data.
+        num_samples: draws behind each k-hat, ``None`` for the default.
+        seed: of those draws, ``None`` for the fit's.
+    """
+    evidence = gather(posterior, num_samples, seed)
+    findings = [f for rule in _RULES for f in rule(evidence)]
+    level = max((f.level for f in findings), key=LEVELS.index, default="use")
+    asked = [f for f in findings if f.level != "use"]
+    reasons = [f.reason for f in (asked or findings)]
+    steps = dict.fromkeys(f.next_step for f in asked if f.next_step)
+    return Verdict(level, tuple(reasons), tuple(steps), evidence.as_text())
+
+
+def _stop(evidence: Evidence) -> Iterator[Finding]:
+    if not evidence.converged:
+        yield Finding(
+            "use with care",
+            f"the climb did not converge ({evidence.stop_reason})",
+            "fit with a larger max_steps",
+        )
+
+
+def _khat(evidence: Evidence) -> Iterator[Finding]:
+    if evidence.is_point:
+        yield Finding(
+            "use with care",
+            "the guide is a point: an estimate without uncertainty",
+            'fit with guide="full_rank" or guide="mean_field"',
+        )
+    for block in evidence.blocks:
+        yield _block(block)
+
+
+def _block(block: Block) -> Finding:
+    reason = f"k-hat of {block.name}: {block.result}"
+    wider = 'try a richer guide (guide="full_rank"), another parametrisation, or more restarts'
+    if block.share_bad is None:
+        khat = block.khat
+        if not math.isfinite(khat) and khat > 0 or khat > 0.7:
+            return Finding("do not use", reason, wider)
+        return Finding("use with care", reason, wider) if khat > 0.5 else Finding("use", reason)
+    if block.share_bad > _FEW_BAD:
+        return Finding("do not use", reason, wider)
+    if block.share_bad > 0:
+        return Finding("use with care", reason, "look at those data, they may be outliers")
+    return Finding("use", reason)
+
+
+def _elbo(evidence: Evidence) -> Iterator[Finding]:
+    now, then = evidence.elbo, evidence.recorded_elbo
+    if not math.isfinite(now.value):
+        yield Finding("do not use", f"the ELBO is {now.value}", "look at the data and the priors")
+    elif not _same(now, then):
+        yield Finding(
+            "do not use",
+            f"the ELBO is {now}, but the fit recorded {then}: parameters or data were changed",
+            "fit again on these data",
+        )
+    if evidence.other_data:
+        yield Finding(
+            "do not use", "these are not the data that were fitted", "fit again on these data"
+        )
+
+
+def _same(now: Estimate, then: Estimate) -> bool:
+    return abs(now.value - then.value) <= 0.5 + 5 * math.hypot(now.se, then.se)
+
+
+def _starts(evidence: Evidence) -> Iterator[Finding]:
+    restarts = evidence.restarts
+    if len(restarts.elbos) > 1 and restarts.num_agreeing == 1:
+        yield Finding(
+            "use with care",
+            f"{restarts}: there may be a better one",
+            f"fit with num_restarts={4 * len(restarts.elbos)}",
+        )
+
+
+def _unused(evidence: Evidence) -> Iterator[Finding]:
+    for site, kl in evidence.kl.items():
+        if kl.value < _UNUSED_NATS + 2 * kl.se and kl.se < 0.05:
+            yield Finding(
+                "use with care",
+                f"site {site!r} has learnt nothing: KL to its prior {kl} nats",
+                f"leave {site!r} out of the model, or look whether it should matter",
+            )
+
+
+def _labels(evidence: Evidence) -> Iterator[Finding]:
+    if evidence.switched is not None and evidence.switched.value > _SWITCHED:
+        yield Finding(
+            "use with care",
+            f"labels switch in a share of {evidence.switched} of the draws: components overlap",
+            "read totals and predictions, not single components; try fewer components",
+        )
+
+
+def _remarks(evidence: Evidence) -> Iterator[Finding]:
+    for remark in evidence.remarks:
+        yield Finding("use with care", remark)
+
+
+_RULES = (_stop, _khat, _elbo, _starts, _unused, _labels, _remarks)

@@ -1,0 +1,108 @@
+"""What a model or a guide may lend the engine, each a small protocol asked for by ``isinstance``.
+
+The engine works without any of them: a plain function with ``pyro.sample`` statements is a model.
+A method that is there is used; nothing else about the object is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+__all__ = [
+    "Describes",
+    "DrawsFit",
+    "Exchangeable",
+    "LabelsRows",
+    "NamesDims",
+    "OffersGuide",
+    "Rebuildable",
+    "ScalesToData",
+    "StartsFrom",
+    "ToleratesMissing",
+]
+
+
+@runtime_checkable
+class ScalesToData(Protocol):
+    """A model whose priors are set in the units of the data, before the pair is checked."""
+
+    def scale_to(self, *data: Any) -> Any:  # noqa: ANN401
+        """Set the priors' location and scale from the data, in place."""
+
+
+@runtime_checkable
+class StartsFrom(Protocol):
+    """A model that knows good places to start from."""
+
+    def starting_values(self, *data: Any, seed: int) -> dict[str, Tensor]:  # noqa: ANN401
+        """Values of (some of) the latents, one start for each seed."""
+
+
+@runtime_checkable
+class OffersGuide(Protocol):
+    """A model that brings the guide it is best fitted with."""
+
+    def default_guide(self) -> Any:  # noqa: ANN401
+        """A guide for this model, not yet bound to data."""
+
+
+@runtime_checkable
+class Exchangeable(Protocol):
+    """A model with components that may swap their labels."""
+
+    @property
+    def exchangeable(self) -> Mapping[str, int]:
+        """Site -> the axis, from the right, that runs over the exchangeable components."""
+
+
+@runtime_checkable
+class NamesDims(Protocol):
+    """A model that names the axes of its sites."""
+
+    @property
+    def dims(self) -> Mapping[str, Sequence[str]]:
+        """Site -> names of its axes; the axis ``"feature"`` takes the names of the columns."""
+
+
+@runtime_checkable
+class ToleratesMissing(Protocol):
+    """A model that reads NaN cells as missing and integrates them out."""
+
+    @property
+    def tolerates_missing(self) -> bool:
+        """True where NaN cells are understood."""
+
+
+@runtime_checkable
+class LabelsRows(Protocol):
+    """A model that says something about each row of a table: a label, a probability."""
+
+    def label_rows(self, x: Tensor, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Column name -> one value a row, averaged over the draws."""
+
+
+@runtime_checkable
+class DrawsFit(Protocol):
+    """A model that can draw itself on its data."""
+
+    def plot_fit(self, x: Tensor, draws: Mapping[str, Tensor], names: Sequence[str]) -> Any:  # noqa: ANN401
+        """Axes with the data and the fit on them."""
+
+
+@runtime_checkable
+class Describes(Protocol):
+    """A model with something of its own to say after a fit."""
+
+    def remarks(self, draws: Mapping[str, Tensor]) -> list[str]:
+        """Sentences for the verdict; each one asks for care."""
+
+
+@runtime_checkable
+class Rebuildable(Protocol):
+    """A model or guide that can be built again from plain values, so that files need no pickle."""
+
+    def spec(self) -> dict[str, Any]:
+        """``{"class": name, "arguments": {...}, "buffers": {...}}`` of JSON values."""

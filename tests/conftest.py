@@ -1,0 +1,11 @@
+"""Settings of the test run, before anything else is imported."""
+
+import os
+
+from hypothesis import settings
+
+os.environ.setdefault("MPLBACKEND", "Agg")  # no window opens, with a screen or without
+
+# The same examples in every run; a deadline would fail on a busy machine, not on a fault.
+settings.register_profile("latentlab", deadline=None, derandomize=True)
+settings.load_profile("latentlab")
