@@ -12,10 +12,10 @@ along every axis, whatever the units and, for ``FullRank``, whatever the correla
 
 Because u is written from its noise, its density needs no solve, and the gradient leaves out the
 term with expectation zero: under an exact posterior the gradient is then exactly zero, not only
-on average (Roeder et al.), so that a fit can reach it.
+on average, so that a fit can reach it (Roeder et al.).
 
-A guide is a Pyro guide, bound to the latents of a model by :meth:`GaussianGuide.bind` (``fit`` does
-it). Letters: L latent numbers in all, P particles.
+A guide is a Pyro guide, bound to the latents of a model by :meth:`GaussianGuide.bind` (``fit``
+does it). Letters: L latent numbers in all, P particles.
 
 References:
     | Automatic differentiation variational inference (Kucukelbir et al., 2017)
@@ -29,17 +29,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
-from torch import Size, Tensor, nn
-from torch.distributions import biject_to
-from torch.distributions.transforms import ComposeTransform, IndependentTransform, Transform
+from torch import Tensor, nn
 
-from latentlab.supports import support_from_spec, support_spec
+from latentlab.supports import Latent, is_identity
 
 __all__ = ["Draws", "FullRank", "GaussianGuide", "Latent", "MeanField", "Point", "guide_from_spec"]
 
@@ -71,61 +68,18 @@ class Draws:
         return Draws(values, self.log_q.detach(), self.indices)
 
 
-@dataclass(frozen=True)
-class Latent:
-    """One latent site of a model: where its numbers stand in the flat vector u."""
-
-    name: str
-    batch_shape: tuple[int, ...]
-    event_shape: tuple[int, ...]
-    support: constraints.Constraint
-    plates: tuple[tuple[str, int, int], ...] = ()  # name, size, dim
-
-    @property
-    def transform(self) -> Transform:
-        """The bijection from the real line to the support."""
-        return biject_to(self.support)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of one value."""
-        return self.batch_shape + self.event_shape
-
-    @property
-    def free_shape(self) -> tuple[int, ...]:
-        """Shape of one value on the real line; a simplex has one number less."""
-        return tuple(self.transform.inverse_shape(Size(self.shape)))
-
-    def spec(self) -> dict[str, Any]:
-        """The site as JSON values."""
-        return {
-            "name": self.name,
-            "batch_shape": list(self.batch_shape),
-            "event_shape": list(self.event_shape),
-            "support": support_spec(self.support),
-            "plates": [list(plate) for plate in self.plates],
-        }
-
-    @classmethod
-    def from_spec(cls, spec: Mapping[str, Any]) -> Latent:
-        """The site that :meth:`spec` described."""
-        return cls(
-            spec["name"],
-            tuple(spec["batch_shape"]),
-            tuple(spec["event_shape"]),
-            support_from_spec(spec["support"]),
-            tuple((name, size, dim) for name, size, dim in spec["plates"]),
-        )
-
-
 class GaussianGuide(nn.Module, ABC):
-    """What Gaussian guides share: the layout of u, the frame, and being a Pyro guide.
+    r"""What Gaussian guides share: the layout of u, the frame, and being a Pyro guide.
 
-    Abstract: a subclass says how m and L make :math:`v = m + L \\varepsilon` and what A is.
+    Abstract: a subclass says how m and L make :math:`v = m + L \varepsilon` and what A is.
     """
 
+    has_density: ClassVar[bool] = True  # a point mass has none: no Jacobian counts
     latents: tuple[Latent, ...] = ()
     max_plate_nesting: int = 0
+    offset: Tensor  # c, shape (L,)
+    frame: Tensor  # A, or its diagonal
+    loc: nn.Parameter  # m, shape (L,)
 
     def bind(
         self,
@@ -145,16 +99,21 @@ class GaussianGuide(nn.Module, ABC):
 
         Returns:
             The guide itself, at the standard normal on the real line.
+
+        Raises:
+            ValueError: if there is no bijection to the support of a site.
         """
         self.latents, self.max_plate_nesting = tuple(latents), max_plate_nesting
         numels = [math.prod(latent.free_shape) for latent in self.latents]
         ends = torch.tensor([0, *numels]).cumsum(0).tolist()
         self._slices = [slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
         # Transforms are looked up once: the registry is slow, and a plain real line needs none.
-        self._transforms = [
-            None if _is_identity(latent.transform) else latent.transform for latent in self.latents
-        ]
-        self._make_parameters(ends[-1], dtype or torch.get_default_dtype(), device)
+        transforms = [latent.transform for latent in self.latents]
+        self._transforms = [None if is_identity(t) else t for t in transforms]
+        zeros = torch.zeros(ends[-1], dtype=dtype or torch.get_default_dtype(), device=device)
+        self.register_buffer("offset", zeros.clone())
+        self.loc = nn.Parameter(zeros.clone())
+        self._make_parameters(zeros)
         return self
 
     @property
@@ -163,18 +122,28 @@ class GaussianGuide(nn.Module, ABC):
         return self.loc.numel()
 
     @abstractmethod
-    def _make_parameters(
-        self, num_latents: int, dtype: torch.dtype, device: torch.device | str | None
-    ) -> None:
-        """Register the frame and the parameters."""
+    def _make_parameters(self, zeros: Tensor) -> None:
+        """Register the frame and the parameters besides ``loc``, like ``zeros`` (L,)."""
 
     @abstractmethod
     def _draw_free(self, num_particles: int) -> tuple[Tensor, Tensor]:
         """Draws u (P, L) and their log-density (P,), with the path gradient only."""
 
     @abstractmethod
+    def _free_distribution(self) -> dist.TorchDistribution:
+        """The distribution of u as Pyro knows it."""
+
+    @abstractmethod
+    def _free_log_prob(self, u: Tensor, part: slice) -> Tensor:
+        """Marginal log-density (P,) of a part of u, shape (P, part)."""
+
+    @abstractmethod
     def start(self, center: Tensor, unit: Tensor) -> None:
-        """Put the frame and q at a centre (L,) with standard deviations ``unit`` (L,), in place."""
+        """Put the frame and q at a centre (L,), standard deviations ``unit`` (L,), in place."""
+
+    @abstractmethod
+    def lay(self, center: Tensor, precision: Tensor) -> None:
+        """Lay the frame and q over a mode (L,) that has a precision (L, L), in place."""
 
     @abstractmethod
     def recentre(self) -> None:
@@ -200,38 +169,35 @@ class GaussianGuide(nn.Module, ABC):
         """
         u, log_q = self._draw_free(num_particles)
         values, log_det = self.unpack(u)
-        return Draws(values, log_q - self._total(log_det, u))
+        return Draws(values, log_q - _total(log_det, u))
 
     def unpack(self, u: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Values of the sites at u (P, L), and each one's log |dz/du|."""
+        """Values of the sites at u (P, L), and log |dz/du| of those where it counts."""
         values, log_det = {}, {}
         ones = (1,) * self.max_plate_nesting
-        for latent, part, transform in zip(
-            self.latents, self._slices, self._transforms, strict=True
-        ):
+        for latent, part, transform in self._layout():
             batch = ones[len(latent.batch_shape) :] + latent.batch_shape
             event = latent.free_shape[len(latent.batch_shape) :]
             free = u[:, part].reshape(len(u), *batch, *event)
-            if transform is None:
-                values[latent.name] = free
-                continue
-            values[latent.name] = value = transform(free)
-            log_det[latent.name] = transform.log_abs_det_jacobian(free, value)
+            values[latent.name] = value = free if transform is None else transform(free)
+            if transform is not None and self.has_density:
+                log_det[latent.name] = transform.log_abs_det_jacobian(free, value)
         return values, log_det
 
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
         """The point u (P, L) of values (P, ...) of all sites."""
         free = []
-        for latent, transform in zip(self.latents, self._transforms, strict=True):
+        for latent, _, transform in self._layout():
             value = values[latent.name].to(self.loc)
-            free.append((value if transform is None else transform.inv(value)).flatten(1))
+            free_value = value if transform is None else transform.inv(value)
+            free.append(free_value.reshape(len(value), -1))
         return torch.cat(free, -1)
 
     def log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
         """Log-density (P,) in nats of values (P, ...) of all sites."""
         u = self.pack(values)
         _, log_det = self.unpack(u)
-        return self._free_log_prob(u, slice(None)) - self._total(log_det, u)
+        return self._free_log_prob(u, slice(None)) - _total(log_det, u)
 
     def site_log_prob(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Marginal log-density (P,) in nats of each site."""
@@ -239,51 +205,32 @@ class GaussianGuide(nn.Module, ABC):
         _, log_det = self.unpack(u)
         return {
             latent.name: self._free_log_prob(u[:, part], part)
-            - self._total({k: v for k, v in log_det.items() if k == latent.name}, u)
-            for latent, part in zip(self.latents, self._slices, strict=True)
+            - _total({k: v for k, v in log_det.items() if k == latent.name}, u)
+            for latent, part, _ in self._layout()
         }
-
-    def _free_log_prob(self, u: Tensor, part: slice) -> Tensor:
-        if not u.shape[-1]:  # a simplex of one component has no freedom
-            return u.new_zeros(len(u))
-        tril = torch.linalg.cholesky(self.covariance(part))
-        return dist.MultivariateNormal(self.free_mean()[part], scale_tril=tril).log_prob(u)
-
-    @staticmethod
-    def _total(log_det: Mapping[str, Tensor], u: Tensor) -> Tensor:
-        return sum((part.reshape(len(u), -1).sum(-1) for part in log_det.values()), u.new_zeros(()))
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # noqa: ANN401
         """The guide as a Pyro program; arguments are those of the model and are not used."""
         if not self.latents:
             return {}
-        free = self._free_distribution()
-        u = pyro.sample("_free", free, infer={"is_auxiliary": True})
+        u = pyro.sample("_free", self._free_distribution(), infer={"is_auxiliary": True})
         prefix = u.shape[:-1]
-        flat_values, log_det = self.unpack(u.reshape(-1, u.shape[-1]))
+        flat, log_det = self.unpack(u.reshape(-1, u.shape[-1]))
+        # A plate may be entered many times, but made only once.
+        frames = dict.fromkeys(frame for latent in self.latents for frame in latent.plates)
+        plates = {(name, n, dim): pyro.plate(name, n, dim=dim) for name, n, dim in frames}
         values = {}
         for latent in self.latents:
             outer = prefix[: max(len(prefix) - len(latent.batch_shape), 0)]
-            value = flat_values[latent.name].reshape(*outer, *latent.shape)
-            density = log_det.get(latent.name, u.new_zeros(()))
-            if density.dim():
-                density = density.reshape(*outer, *latent.batch_shape)
-            values[latent.name] = self._emit(latent, value, -self._density_of(density))
+            batch = (*outer, *latent.batch_shape)
+            volume = log_det[latent.name] if latent.name in log_det else u.new_zeros(batch)
+            value = flat[latent.name].reshape(batch + latent.event_shape)
+            delta = dist.Delta(value, -volume.reshape(batch), len(latent.event_shape))
+            with ExitStack() as stack:
+                for frame in latent.plates:
+                    stack.enter_context(plates[frame])
+                values[latent.name] = pyro.sample(latent.name, delta)
         return values
-
-    def _density_of(self, log_det: Tensor) -> Tensor:
-        return log_det
-
-    def _free_distribution(self) -> dist.Distribution:
-        tril = torch.linalg.cholesky(self.covariance())
-        return dist.MultivariateNormal(self.free_mean(), scale_tril=tril)
-
-    def _emit(self, latent: Latent, value: Tensor, log_density: Tensor) -> Tensor:
-        delta = dist.Delta(value, log_density=log_density, event_dim=len(latent.event_shape))
-        with ExitStack() as stack:
-            for name, size, dim in latent.plates:
-                stack.enter_context(pyro.plate(name, size, dim=dim))
-            return pyro.sample(latent.name, delta)
 
     def spec(self) -> dict[str, Any]:
         """What builds this guide again, apart from its numbers."""
@@ -293,6 +240,18 @@ class GaussianGuide(nn.Module, ABC):
             "max_plate_nesting": self.max_plate_nesting,
         }
 
+    def _layout(self) -> zip:
+        """Each site, its part of u, and its transform (``None`` for a plain real line)."""
+        return zip(self.latents, self._slices, self._transforms, strict=True)
+
+    def _move(self, center: Tensor, frame: Tensor) -> None:
+        """Put the frame somewhere and q at the standard normal in it, in place."""
+        with torch.no_grad():
+            self.offset.copy_(center)
+            self.frame.copy_(frame)
+            for parameter in self.parameters():
+                parameter.zero_()
+
 
 class MeanField(GaussianGuide):
     r"""Independent Gaussians on the real line: A and L diagonal.
@@ -301,6 +260,7 @@ class MeanField(GaussianGuide):
     target with correlation :math:`\rho` its k-hat is :math:`|\rho|`.
 
     Example:
+        >>> from pyro.distributions import constraints
         >>> guide = MeanField().bind(
         ...     [Latent("scale", (), (3,), constraints.independent(constraints.positive, 1))],
         ...     max_plate_nesting=0,
@@ -309,37 +269,35 @@ class MeanField(GaussianGuide):
         torch.Size([5, 3])
     """
 
-    def _make_parameters(
-        self, num_latents: int, dtype: torch.dtype, device: torch.device | str | None
-    ) -> None:
-        zeros = torch.zeros(num_latents, dtype=dtype, device=device)
-        self.register_buffer("offset", zeros.clone())
+    log_scale: nn.Parameter
+
+    def _make_parameters(self, zeros: Tensor) -> None:
         self.register_buffer("frame", torch.ones_like(zeros))
-        self.loc = nn.Parameter(zeros.clone())
         self.log_scale = nn.Parameter(zeros.clone())
 
+    def _scale(self) -> Tensor:
+        return self.frame * self.log_scale.exp()
+
     def _draw_free(self, num_particles: int) -> tuple[Tensor, Tensor]:
-        eps = torch.randn(num_particles, len(self.loc), dtype=self.loc.dtype, device=self.loc.device)
+        eps = _noise(num_particles, self.loc)
         scale = self.log_scale.exp()
         v = self.loc + scale * eps
-        # log q with its gradient through v only: d log q / dv = -eps / scale.
         with torch.no_grad():
-            slope = eps / scale
-            constant = (self.log_scale + self.frame.log()).sum() + 0.5 * len(scale) * _LOG_2PI
-            value = -0.5 * (eps * eps).sum(-1) - constant + (v * slope).sum(-1)
-        return self.offset + self.frame * v, value - (v * slope).sum(-1)
+            log_det = (self.log_scale + self.frame.log()).sum()
+            slope = -eps / scale  # d log q / dv
+        return self.offset + self.frame * v, _along_path(eps, log_det, v, slope)
 
     def start(self, center: Tensor, unit: Tensor) -> None:
         """See :meth:`GaussianGuide.start`."""
-        with torch.no_grad():
-            self.offset.copy_(center)
-            self.frame.copy_(unit)
-            self.loc.zero_()
-            self.log_scale.zero_()
+        self._move(center, unit)
+
+    def lay(self, center: Tensor, precision: Tensor) -> None:
+        """See :meth:`GaussianGuide.lay`; only the diagonal of the precision counts."""
+        self._move(center, precision.diagonal().rsqrt())
 
     def recentre(self) -> None:
         """Move the frame to the current mean and standard deviations, in place."""
-        self.start(self.free_mean(), self.frame * self.log_scale.exp())
+        self._move(self.free_mean(), self._scale())
 
     def free_mean(self) -> Tensor:
         """Mean of u, shape (L,)."""
@@ -347,19 +305,15 @@ class MeanField(GaussianGuide):
 
     def covariance(self, part: slice = slice(None)) -> Tensor:
         """Covariance of (a part of) u, shape (L, L), diagonal."""
-        return (self.frame * self.log_scale.exp())[part].square().diag()
-
-    def _free_log_prob(self, u: Tensor, part: slice) -> Tensor:
-        scale = (self.frame * self.log_scale.exp())[part]
-        return dist.Normal(self.free_mean()[part], scale).log_prob(u).sum(-1)
+        return self._scale()[part].square().diag()
 
     def element_log_prob(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Log-density of each batch element of each site, shape (P, ..., *batch_shape)."""
         u = self.pack(values)
         _, log_det = self.unpack(u)
-        density = dist.Normal(self.free_mean(), self.frame * self.log_scale.exp()).log_prob(u)
+        density = dist.Normal(self.free_mean(), self._scale()).log_prob(u)
         parts = {}
-        for latent, part in zip(self.latents, self._slices, strict=True):
+        for latent, part, _ in self._layout():
             batch = (1,) * (self.max_plate_nesting - len(latent.batch_shape)) + latent.batch_shape
             element = density[:, part].reshape(len(u), *batch, -1).sum(-1)
             if latent.name in log_det:
@@ -367,8 +321,11 @@ class MeanField(GaussianGuide):
             parts[latent.name] = element
         return parts
 
-    def _free_distribution(self) -> dist.Distribution:
-        return dist.Normal(self.free_mean(), self.frame * self.log_scale.exp()).to_event(1)
+    def _free_log_prob(self, u: Tensor, part: slice) -> Tensor:
+        return dist.Normal(self.free_mean()[part], self._scale()[part]).log_prob(u).sum(-1)
+
+    def _free_distribution(self) -> dist.TorchDistribution:
+        return dist.Normal(self.free_mean(), self._scale()).to_event(1)
 
 
 class FullRank(GaussianGuide):
@@ -378,6 +335,7 @@ class FullRank(GaussianGuide):
     take ``MeanField``.
 
     Example:
+        >>> from pyro.distributions import constraints
         >>> guide = FullRank().bind([Latent("z", (), (2,), constraints.real_vector)],
         ...                         max_plate_nesting=0)
         >>> guide.covariance()
@@ -385,45 +343,43 @@ class FullRank(GaussianGuide):
                 [0., 1.]], grad_fn=<MmBackward0>)
     """
 
-    def _make_parameters(
-        self, num_latents: int, dtype: torch.dtype, device: torch.device | str | None
-    ) -> None:
-        zeros = torch.zeros(num_latents, dtype=dtype, device=device)
-        self.register_buffer("offset", zeros.clone())
-        self.register_buffer("frame", torch.eye(num_latents, dtype=dtype, device=device))
-        self.loc = nn.Parameter(zeros.clone())
+    log_scale: nn.Parameter
+    lower: nn.Parameter
+
+    def _make_parameters(self, zeros: Tensor) -> None:
+        self.register_buffer("frame", torch.ones_like(zeros).diag())
         self.log_scale = nn.Parameter(zeros.clone())
-        self.lower = nn.Parameter(zeros.new_zeros(num_latents, num_latents))
+        self.lower = nn.Parameter(zeros.new_zeros(len(zeros), len(zeros)))
 
     def _tril(self) -> Tensor:
         return self.lower.tril(-1) + self.log_scale.exp().diag()
 
+    def _scale_tril(self) -> Tensor:
+        return self.frame @ self._tril()
+
     def _draw_free(self, num_particles: int) -> tuple[Tensor, Tensor]:
-        eps = torch.randn(num_particles, len(self.loc), dtype=self.loc.dtype, device=self.loc.device)
+        eps = _noise(num_particles, self.loc)
         tril = self._tril()
         v = self.loc + eps @ tril.T
-        # log q with its gradient through v only: d log q / dv = -L^-T eps.
         with torch.no_grad():
-            slope = torch.linalg.solve_triangular(tril.T, eps.T, upper=True).T
             log_det = (self.log_scale + self.frame.diagonal().log()).sum()
-            constant = log_det + 0.5 * len(self.loc) * _LOG_2PI
-            value = -0.5 * (eps * eps).sum(-1) - constant + (v * slope).sum(-1)
-        return self.offset + v @ self.frame.T, value - (v * slope).sum(-1)
+            slope = -torch.linalg.solve_triangular(tril, eps, upper=False, left=False)
+        return self.offset + v @ self.frame.T, _along_path(eps, log_det, v, slope)
 
     def start(self, center: Tensor, unit: Tensor) -> None:
         """See :meth:`GaussianGuide.start`."""
         self._move(center, unit.diag())
 
+    def lay(self, center: Tensor, precision: Tensor) -> None:
+        """See :meth:`GaussianGuide.lay`."""
+        # Turned around, the Cholesky factor of a precision is the inverse of that of its inverse.
+        turned = torch.linalg.cholesky(precision.double().flip(-2, -1)).flip(-2, -1).T
+        eye = torch.eye(len(center), dtype=turned.dtype, device=turned.device)
+        self._move(center, torch.linalg.solve_triangular(turned, eye, upper=False))
+
     def recentre(self) -> None:
         """Move the frame to the current mean and Cholesky factor, in place."""
-        self._move(self.free_mean(), self.frame @ self._tril())
-
-    def _move(self, center: Tensor, frame: Tensor) -> None:
-        with torch.no_grad():
-            self.offset.copy_(center)
-            self.frame.copy_(frame)
-            for parameter in (self.loc, self.log_scale, self.lower):
-                parameter.zero_()
+        self._move(self.free_mean(), self._scale_tril())
 
     def free_mean(self) -> Tensor:
         """Mean of u, shape (L,)."""
@@ -431,11 +387,19 @@ class FullRank(GaussianGuide):
 
     def covariance(self, part: slice = slice(None)) -> Tensor:
         """Covariance of (a part of) u, shape (L, L)."""
-        tril = (self.frame @ self._tril())[part]
-        return tril @ tril.T
+        rows = self._scale_tril()[part]
+        return rows @ rows.T
 
-    def _free_distribution(self) -> dist.Distribution:
-        return dist.MultivariateNormal(self.free_mean(), scale_tril=self.frame @ self._tril())
+    def _free_log_prob(self, u: Tensor, part: slice) -> Tensor:
+        if not u.shape[-1]:  # a simplex of one component has no freedom
+            return u.new_zeros(len(u))
+        # A triangle of the rows without their covariance, which would square their condition.
+        triangle = torch.linalg.qr(self._scale_tril()[part].T)[1]
+        tril = (triangle * triangle.diagonal().sign()[:, None]).T
+        return dist.MultivariateNormal(self.free_mean()[part], scale_tril=tril).log_prob(u)
+
+    def _free_distribution(self) -> dist.TorchDistribution:
+        return dist.MultivariateNormal(self.free_mean(), scale_tril=self._scale_tril())
 
 
 class Point(GaussianGuide):
@@ -445,23 +409,16 @@ class Point(GaussianGuide):
     from the real line: with flat priors it is the maximum of the likelihood.
 
     Example:
+        >>> from pyro.distributions import constraints
         >>> guide = Point().bind([Latent("z", (), (), constraints.real)], max_plate_nesting=0)
         >>> guide.draw(2).log_q
         tensor([0., 0.])
     """
 
-    def _make_parameters(
-        self, num_latents: int, dtype: torch.dtype, device: torch.device | str | None
-    ) -> None:
-        zeros = torch.zeros(num_latents, dtype=dtype, device=device)
-        self.register_buffer("offset", zeros.clone())
-        self.register_buffer("frame", torch.ones_like(zeros))
-        self.loc = nn.Parameter(zeros.clone())
+    has_density = False
 
-    def draw(self, num_particles: int) -> Draws:
-        """The point, repeated: values of shape (P, ...), log-density zero."""
-        u, log_q = self._draw_free(num_particles)
-        return Draws(self.unpack(u)[0], log_q)
+    def _make_parameters(self, zeros: Tensor) -> None:
+        self.register_buffer("frame", torch.ones_like(zeros))
 
     def _draw_free(self, num_particles: int) -> tuple[Tensor, Tensor]:
         u = self.free_mean().expand(num_particles, -1)
@@ -469,14 +426,15 @@ class Point(GaussianGuide):
 
     def start(self, center: Tensor, unit: Tensor) -> None:
         """See :meth:`GaussianGuide.start`; a point has no scale."""
-        with torch.no_grad():
-            self.offset.copy_(center)
-            self.frame.copy_(unit)
-            self.loc.zero_()
+        self._move(center, unit)
+
+    def lay(self, center: Tensor, precision: Tensor) -> None:
+        """See :meth:`GaussianGuide.lay`; the precision gives the units."""
+        self._move(center, precision.diagonal().rsqrt())
 
     def recentre(self) -> None:
         """Move the frame to the current point, in place; its units stay."""
-        self.start(self.free_mean(), self.frame)
+        self._move(self.free_mean(), self.frame)
 
     def free_mean(self) -> Tensor:
         """The point u, shape (L,)."""
@@ -484,22 +442,13 @@ class Point(GaussianGuide):
 
     def covariance(self, part: slice = slice(None)) -> Tensor:
         """Zero."""
-        size = len(self.loc[part])
-        return self.loc.new_zeros(size, size)
+        return torch.zeros_like(self.loc[part]).diag()
 
-    def log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Zero, as Pyro counts a point mass."""
-        return self.loc.new_zeros(len(next(iter(values.values()))))
+    def _free_log_prob(self, u: Tensor, part: slice) -> Tensor:
+        return u.new_zeros(len(u))  # as Pyro counts a point mass
 
-    def site_log_prob(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Zero for each site."""
-        return dict.fromkeys(values, self.log_prob(values))
-
-    def _free_distribution(self) -> dist.Distribution:
+    def _free_distribution(self) -> dist.TorchDistribution:
         return dist.Delta(self.free_mean(), event_dim=1)
-
-    def _density_of(self, log_det: Tensor) -> Tensor:
-        return torch.zeros_like(log_det)
 
 
 def guide_from_spec(spec: Mapping[str, Any], dtype: torch.dtype) -> GaussianGuide:
@@ -524,7 +473,17 @@ def guide_from_spec(spec: Mapping[str, Any], dtype: torch.dtype) -> GaussianGuid
     )
 
 
-def _is_identity(transform: Transform) -> bool:
-    if isinstance(transform, IndependentTransform):
-        return _is_identity(transform.base_transform)
-    return isinstance(transform, ComposeTransform) and not transform.parts
+def _noise(num_particles: int, like: Tensor) -> Tensor:
+    return torch.randn(num_particles, len(like), dtype=like.dtype, device=like.device)
+
+
+def _along_path(eps: Tensor, log_det: Tensor, v: Tensor, slope: Tensor) -> Tensor:
+    """The log q (P,) of the noise, with the gradient ``slope`` along v (P, L) and no other."""
+    with torch.no_grad():
+        value = -0.5 * (eps * eps).sum(-1) - log_det - 0.5 * eps.shape[-1] * _LOG_2PI
+    path = (v * slope).sum(-1)
+    return value + (path - path.detach())
+
+
+def _total(log_det: Mapping[str, Tensor], u: Tensor) -> Tensor:
+    return sum((part.reshape(len(u), -1).sum(-1) for part in log_det.values()), u.new_zeros(()))

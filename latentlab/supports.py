@@ -1,13 +1,25 @@
-"""Supports of latents as plain values, so that a guide can be stored without a pickle."""
+r"""Latent sites: where their values live, and how the real line is bent to get there.
+
+A latent z with support :math:`\mathcal{S}` is written :math:`z = T(u)` with u free on the real
+line and T a bijection onto :math:`\mathcal{S}`; its density is that of u over :math:`|dz/du|`.
+Sites and supports have a form of plain values too, so that a guide is stored without a pickle.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from pyro.distributions import constraints
-from torch import Tensor
+from pyro.distributions.transforms import CholeskyTransform
+from torch import Size, Tensor
+from torch.distributions import biject_to
+from torch.distributions.transforms import ComposeTransform, IndependentTransform, Transform
+from torch.distributions.utils import tril_matrix_to_vec, vec_to_tril_matrix
 
-__all__ = ["support_from_spec", "support_spec"]
+__all__ = ["Latent", "bijection", "is_identity", "support_from_spec", "support_spec"]
 
 # Supports without parameters, by the name that torch and Pyro give them.
 _PLAIN = (
@@ -18,10 +30,14 @@ _PLAIN = (
     "simplex",
     "real_vector",
     "lower_cholesky",
+    "unit_lower_cholesky",
+    "softplus_lower_cholesky",
     "corr_cholesky",
+    "corr_matrix",
     "positive_definite",
     "ordered_vector",
     "positive_ordered_vector",
+    "softplus_positive",
     "sphere",
 )
 _BOUNDED = {
@@ -31,6 +47,109 @@ _BOUNDED = {
     "greater_than_eq": ("lower_bound",),
     "less_than": ("upper_bound",),
 }
+
+
+@dataclass(frozen=True)
+class Latent:
+    """One latent site of a model.
+
+    Arguments:
+        name: of the site.
+        batch_shape: shape of its plates and other independent copies.
+        event_shape: shape of one value.
+        support: where a value lives.
+        plates: name, size and dimension of each plate it stands in.
+
+    Example:
+        >>> weights = Latent("weights", (), (3,), constraints.simplex)
+        >>> weights.shape, weights.free_shape
+        ((3,), (2,))
+    """
+
+    name: str
+    batch_shape: tuple[int, ...]
+    event_shape: tuple[int, ...]
+    support: constraints.Constraint
+    plates: tuple[tuple[str, int, int], ...] = ()
+
+    @property
+    def transform(self) -> Transform:
+        """The bijection from the real line to the support."""
+        try:
+            return bijection(self.support)
+        except ValueError as error:
+            raise ValueError(f"site {self.name!r}: {error}") from None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the site, batch and event."""
+        return self.batch_shape + self.event_shape
+
+    @property
+    def free_shape(self) -> tuple[int, ...]:
+        """Shape of the site on the real line; a simplex has one number less."""
+        return tuple(self.transform.inverse_shape(Size(self.shape)))
+
+    def spec(self) -> dict[str, Any]:
+        """The site as JSON values."""
+        return {
+            "name": self.name,
+            "batch_shape": list(self.batch_shape),
+            "event_shape": list(self.event_shape),
+            "support": support_spec(self.support),
+            "plates": [list(plate) for plate in self.plates],
+        }
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any]) -> Latent:
+        """The site that :meth:`spec` described."""
+        return cls(
+            spec["name"],
+            tuple(spec["batch_shape"]),
+            tuple(spec["event_shape"]),
+            support_from_spec(spec["support"]),
+            tuple((name, size, dim) for name, size, dim in spec["plates"]),
+        )
+
+
+def bijection(support: constraints.Constraint) -> Transform:
+    """The bijection from the real line to a support, with its log |dz/du|.
+
+    Arguments:
+        support: a constraint of torch or Pyro.
+
+    Returns:
+        A transform whose ``inverse_shape`` is the shape on the real line.
+
+    Raises:
+        ValueError: if no bijection to the support is known, as to a sphere.
+
+    Example:
+        >>> bijection(constraints.positive_definite)(torch.zeros(3))  # a 2 by 2 matrix has 3
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+    if isinstance(support, constraints.independent):
+        base = bijection(support.base_constraint)
+        return IndependentTransform(base, support.reinterpreted_batch_ndims)
+    if type(support) is type(constraints.lower_cholesky):
+        return _LowerCholesky()
+    if type(support) is type(constraints.positive_definite):
+        return ComposeTransform([_LowerCholesky(), CholeskyTransform().inv])
+    try:
+        return biject_to(support)
+    except NotImplementedError:
+        raise ValueError(
+            f"no bijection from the real line to the support {_name(support)} is known; write the "
+            "latent as a function of others (pyro.deterministic), or bring a guide of your own"
+        ) from None
+
+
+def is_identity(transform: Transform) -> bool:
+    """Whether a transform leaves its argument as it is."""
+    if isinstance(transform, IndependentTransform):
+        return is_identity(transform.base_transform)
+    return isinstance(transform, ComposeTransform) and not transform.parts
 
 
 def support_spec(support: constraints.Constraint) -> dict[str, Any]:
@@ -51,23 +170,20 @@ def support_spec(support: constraints.Constraint) -> dict[str, Any]:
     """
     if isinstance(support, constraints.independent):
         base = support_spec(support.base_constraint)
-        dims = support.reinterpreted_batch_ndims
-        return {"name": "independent", "base": base, "dims": dims}
-    for name in _PLAIN:
-        if support is getattr(constraints, name):
-            return {"name": name}
+        return {"name": "independent", "base": base, "dims": support.reinterpreted_batch_ndims}
     for name, bounds in _BOUNDED.items():
         if type(support) is getattr(constraints, name):
             return {"name": name} | {bound: _plain(getattr(support, bound)) for bound in bounds}
-    for name in _PLAIN:  # singletons that were rebuilt, as deepcopy does
+    for name in _PLAIN:  # by type, for deepcopy makes further instances
         if type(support) is type(getattr(constraints, name)):
             return {"name": name}
     raise ValueError(
-        f"support {support}: cannot be stored; load with model= and guide= and data= instead"
+        f"support {_name(support)}: cannot be stored; expected one of "
+        f"{', '.join((*_PLAIN, *_BOUNDED))}"
     )
 
 
-def support_from_spec(spec: dict[str, Any]) -> constraints.Constraint:
+def support_from_spec(spec: Mapping[str, Any]) -> constraints.Constraint:
     """The constraint that :func:`support_spec` described.
 
     Arguments:
@@ -79,19 +195,55 @@ def support_from_spec(spec: dict[str, Any]) -> constraints.Constraint:
     Raises:
         ValueError: if the name is not one of the known ones.
     """
-    import torch
-
     name = spec.get("name")
     if name == "independent":
         return constraints.independent(support_from_spec(spec["base"]), spec["dims"])
     if name in _PLAIN:
         return getattr(constraints, name)
     if name in _BOUNDED:
-        bounds = [spec[bound] for bound in _BOUNDED[name]]
-        bounds = [torch.tensor(b) if isinstance(b, list) else b for b in bounds]
-        return getattr(constraints, name)(*bounds)
-    raise ValueError(f"support {name!r}: not known to this version")
+        return getattr(constraints, name)(*(_bound(spec[bound]) for bound in _BOUNDED[name]))
+    raise ValueError(f"support {name!r}: not known to this version of latentlab")
 
 
-def _plain(bound: float | Tensor) -> float | list:
-    return bound.tolist() if isinstance(bound, Tensor) else float(bound)
+class _LowerCholesky(Transform):
+    """The n (n + 1) / 2 numbers of a lower triangle, row by row; the diagonal by exp."""
+
+    domain = constraints.real_vector
+    codomain = constraints.lower_cholesky
+    bijective = True
+
+    def _call(self, x: Tensor) -> Tensor:
+        tril = vec_to_tril_matrix(x)
+        return tril.tril(-1) + tril.diagonal(dim1=-2, dim2=-1).exp().diag_embed()
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        log_diagonal = y.diagonal(dim1=-2, dim2=-1).log()
+        return tril_matrix_to_vec(y.tril(-1) + log_diagonal.diag_embed())
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return y.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+    def forward_shape(self, shape: Size) -> Size:
+        n = int(((1 + 8 * shape[-1]) ** 0.5 - 1) / 2 + 0.5)
+        return Size((*shape[:-1], n, n))
+
+    def inverse_shape(self, shape: Size) -> Size:
+        return Size((*shape[:-2], shape[-1] * (shape[-1] + 1) // 2))
+
+
+def _plain(bound: float | Tensor) -> float | dict[str, Any]:
+    if not isinstance(bound, Tensor):
+        return float(bound)
+    if not bound.dim():
+        return float(bound.detach())
+    return {"values": bound.tolist(), "dtype": str(bound.dtype).removeprefix("torch.")}
+
+
+def _bound(plain: float | Mapping[str, Any]) -> float | Tensor:
+    if not isinstance(plain, Mapping):
+        return plain
+    return torch.tensor(plain["values"], dtype=getattr(torch, plain["dtype"]))
+
+
+def _name(support: constraints.Constraint) -> str:
+    return str(support).removesuffix("()")

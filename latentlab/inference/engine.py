@@ -13,26 +13,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from latentlab.data.checks import as_count, as_seed
 from latentlab.diagnostics import Estimate
 from latentlab.guides import GaussianGuide
 from latentlab.inference import objectives
-from latentlab.inference.checkpoint import fingerprint
 from latentlab.inference.check import Fault, accepts_size, prepare
+from latentlab.inference.checkpoint import fingerprint
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.posterior import Posterior, Restarts
 from latentlab.inference.sandbox import manual_seed, stream
-from latentlab.inference.stages import Climb, FitDivergedError, evaluate, first_bad
-from latentlab.protocols import StartsFrom
+from latentlab.inference.stages import Climb, FitDivergedError, State, evaluate
+from latentlab.inference.starts import Starts
 
 __all__ = ["FitDivergedError", "fit"]
 
 _log = logging.getLogger("latentlab")
 
 _WARM_UP = 400  # steps from each start
-_PRIOR_DRAWS = 200
 _MANY_PARAMETERS = 100_000  # above, one start is what a fit can afford
 _CHEAP_ELEMENTS = 20_000  # below, eight particles cost about what one does
 
@@ -102,7 +100,7 @@ def fit(
         warnings.warn(str(fault), stacklevel=2)
     batch_size = _batch_size(pair, settings.batch_size)
     with _progress(progress, max_steps) as tick, pair.entered(stream(seed, "fit")):
-        climb, restarts, interrupted = _climb(pair, settings, batch_size, tick)
+        climb, restarts = _climb(pair, settings, batch_size, tick)
         elbo = _final_elbo(pair, seed)
     _log.info("fit ended: %s", climb.stop_reason)
     return Posterior(
@@ -151,7 +149,8 @@ class _Settings:
         checked = {k: v if v is None else as_count(v, k) for k, v in counts.items()}
         max_steps = as_count(max_steps, "max_steps")
         for name, value in (("lr", lr), ("tol", tol)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (number and 0 < value < 1e6):
                 raise ValueError(f"{name}: expected a number > 0, got {value!r}")
         if seed is None:
             raise ValueError("seed: expected an int >= 0, got None")
@@ -209,41 +208,47 @@ def _batches(pair: Pair, batch_size: int | None, seed: int) -> Callable[[int], A
 
 def _climb(
     pair: Pair, settings: _Settings, batch_size: int | None, tick: Callable[[int, float], None]
-) -> tuple[Climb, Restarts, bool]:
+) -> tuple[Climb, Restarts]:
     """Warm up from every start, go on from the best until converged."""
-    ours = isinstance(pair.guide, GaussianGuide)
     num_restarts, num_particles = _affordable(pair, settings, batch_size)
-    climbs: list[tuple[Climb, dict[str, Tensor], Estimate]] = []
-    climb = None
+    ours = isinstance(pair.guide, GaussianGuide)
+    rate = 2 * settings.lr if ours else settings.lr
+    elbos: list[Estimate] = []
+    warm: list[tuple[float, Climb, State]] = []
+    climb, origin, error = None, None, None
     try:
         for start in range(num_restarts):
             begin = stream(settings.seed, "start", start)
-            climb = Climb(
-                pair,
-                begin,
-                num_particles,
-                lr=settings.lr,
-                tol=settings.tol,
-                max_steps=settings.max_steps,
-                batch=_batches(pair, batch_size, begin),
-                tick=tick,
-            )
-            initial = _Starts(pair, settings.seed)(start)
-            if not ours and start:
-                climb.restore(initial)
-            reached = climb.warm_up(_WARM_UP, rate=2 * settings.lr if ours else settings.lr)
-            climbs.append((climb, climb.state(), reached))
-        climb, state, _ = max(climbs, key=lambda c: c[2].value)
-        climb.restore(state)
+            batch = _batches(pair, batch_size, begin)
+            lr, tol, max_steps = settings.lr, settings.tol, settings.max_steps
+            climb = Climb(pair, begin, num_particles, lr, tol, max_steps, batch, tick)
+            origin = origin or climb.state()
+            climb.restore(origin)  # a guide of your own begins where you set it, each time
+            try:
+                Starts(pair, settings.seed).place(start)
+                elbos.append(climb.warm_up(_WARM_UP, rate))
+                warm.append((elbos[-1].value, climb, climb.state()))
+            except FitDivergedError as diverged:
+                elbos.append(Estimate(-math.inf, 0.0))
+                error = diverged
+        if error is not None and not warm:
+            raise error
+        climb = _best(warm)
+        warm.clear()
         climb.until_converged()
-        interrupted = False
     except KeyboardInterrupt:
-        interrupted = True
-        if climbs and not climb.losses:
-            climb = climbs[-1][0]
-        climb.stop_reason = f"interrupted at step {climb.num_steps}; the state then is kept"
-    elbos = tuple(reached for _, _, reached in climbs)
-    return climb, Restarts(elbos), interrupted
+        if climb is None:
+            raise
+        climb = _best(warm) if warm else climb
+        climb.stop_reason = "interrupted"
+    return climb, Restarts(tuple(elbos))
+
+
+def _best(warm: list[tuple[float, Climb, State]]) -> Climb:
+    """The climb that got highest, the pair back in its state."""
+    _, climb, state = max(warm, key=lambda reached: reached[0])
+    climb.restore(state)
+    return climb
 
 
 def _affordable(pair: Pair, settings: _Settings, batch_size: int | None) -> tuple[int, int]:
@@ -259,78 +264,6 @@ def _affordable(pair: Pair, settings: _Settings, batch_size: int | None) -> tupl
     if pair.is_point():
         num_particles = 1  # a point is drawn without noise
     return num_restarts, num_particles
-
-
-class _Starts:
-    """Start 0 is the model's own or the median of the prior, the others are further ones."""
-
-    def __init__(self, pair: Pair, seed: int) -> None:
-        self.pair, self.seed = pair, seed
-
-    def __call__(self, start: int) -> dict[str, Tensor]:
-        """Put the pair at a start with a finite objective; at most ten are tried."""
-        for attempt in range(10):
-            self._place(start, attempt)
-            manual_seed(stream(self.seed, "start", start, attempt))
-            with torch.no_grad():
-                weights = objectives.log_weights(self.pair, 4 if self.pair.vectorised else 1)
-            if torch.isfinite(weights).all():
-                return {k: v.detach().clone() for k, v in self.pair.parameters().items()}
-        with torch.no_grad():
-            draws = objectives.draw(self.pair, 1)
-            site, value = first_bad(objectives.site_log_probs(self.pair, draws))
-        raise ValueError(
-            f"site {site!r}: its log-density is {value} at each of ten starts; "
-            "look at its support and at the scale of its parents' priors"
-        )
-
-    def _place(self, start: int, attempt: int) -> None:
-        guide = self.pair.guide
-        if not isinstance(guide, GaussianGuide):
-            return
-        seed = stream(self.seed, "place", start, attempt)
-        manual_seed(seed)
-        free = guide.pack(_prior_draws(self.pair, _PRIOR_DRAWS))
-        free = torch.where(torch.isfinite(free), free, 0.0)
-        low, center, high = free.quantile(torch.tensor([0.16, 0.5, 0.84]).to(free), dim=0)
-        unit = ((high - low) / 2).clamp_min(1e-8 * center.abs() + 1e-300)
-        if start or attempt:
-            center = free[0].clamp(center - 2 * unit, center + 2 * unit)
-        owner = getattr(self.pair.model, "__self__", self.pair.model)
-        if isinstance(owner, StartsFrom):
-            values = owner.starting_values(*self.pair.data.args, seed=seed, **self.pair.data.kwargs)
-            center = self._overwrite(center, values)
-        guide.start(center, 0.1 * unit)
-
-    def _overwrite(self, center: Tensor, values: dict[str, Tensor]) -> Tensor:
-        guide = self.pair.guide
-        current = guide.unpack(center[None])[0]
-        current |= {
-            name: value.reshape(current[name].shape).to(center)
-            for name, value in values.items()
-            if name in current
-        }
-        return guide.pack(current)[0]
-
-
-def _prior_draws(pair: Pair, num_draws: int) -> dict[str, Tensor]:
-    """Draws of the latents from the prior, the observed sites left as they are."""
-    with torch.no_grad():
-        if pair.vectorised:
-            with objectives.particles(num_draws, pair), objectives.Substitute({}) as record:
-                pair.data.call(pair.model)
-            return {z.name: _particle_first(record.values[z.name], num_draws, z.shape)
-                    for z in pair.latents}
-        singles = []
-        for _ in range(num_draws):
-            with objectives.Substitute({}) as record:
-                pair.data.call(pair.model)
-            singles.append(record.values)
-        return {z.name: torch.stack([s[z.name] for s in singles]) for z in pair.latents}
-
-
-def _particle_first(value: Tensor, num_draws: int, shape: tuple[int, ...]) -> Tensor:
-    return value.reshape(-1, *shape).expand(num_draws, *shape)
 
 
 def _final_elbo(pair: Pair, seed: int) -> Estimate:
@@ -349,7 +282,8 @@ def _progress(wanted: bool | None, total: int) -> Iterator[Callable[[int, float]
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("fit"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    text = TextColumn("{task.description}")
+    columns = (TextColumn("fit"), BarColumn(), text, TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=total)
 

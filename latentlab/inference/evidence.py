@@ -20,10 +20,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from latentlab.diagnostics import Estimate, KhatTable, Psis, khat_per_column, kl_from_draws, psis
+from latentlab.diagnostics import (
+    Estimate,
+    KhatTable,
+    MomentErrors,
+    Psis,
+    khat_per_column,
+    kl_from_draws,
+    moment_errors,
+    psis,
+)
 from latentlab.guides import Draws, GaussianGuide, MeanField
 from latentlab.inference import objectives
 from latentlab.inference.stages import chunks, particle_chunk
@@ -37,6 +47,8 @@ __all__ = ["Block", "Evidence", "gather"]
 _DRAWS = 10_000
 _FEWEST_DRAWS = 1_000
 _ELEMENTS = 2**31  # numbers through the model for one k-hat
+_RELIABLE = 0.7  # k-hat up to which weights are believed
+_KEPT = 2**25  # numbers of draws in memory
 _OUTER, _INNER = 1_000, 64
 
 
@@ -68,6 +80,26 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Moments:
+    """What the importance weights say of the guide's means and standard deviations."""
+
+    names: tuple[str, ...]
+    errors: MomentErrors
+
+    @property
+    def shift(self) -> tuple[str, Estimate]:
+        """The figure whose mean is off most, and by how many standard deviations."""
+        f, shift = self.errors.worst_shift
+        return self.names[f], shift
+
+    @property
+    def ratio(self) -> tuple[str, Estimate]:
+        """The figure whose standard deviation is off most, and by what factor."""
+        f, ratio = self.errors.worst_ratio
+        return self.names[f], ratio
+
+
+@dataclass(frozen=True)
 class Evidence:
     """All figures; :func:`latentlab.inference.verdict.judge` reads them."""
 
@@ -75,6 +107,7 @@ class Evidence:
     stop_reason: str
     is_point: bool
     blocks: tuple[Block, ...]
+    moments: Moments | None
     elbo: Estimate
     recorded_elbo: Estimate
     other_data: bool
@@ -87,6 +120,9 @@ class Evidence:
         """Name -> figure with its error."""
         text = {"stop": self.stop_reason}
         text |= {f"k-hat, {block.name}": str(block.result) for block in self.blocks}
+        if self.moments is not None:
+            text |= {"error of means": "at most {1} sd ({0})".format(*self.moments.shift)}
+            text |= {"error of sds": "at most a factor {1} ({0})".format(*self.moments.ratio)}
         text |= {"ELBO": f"{self.elbo} nats", "starts": str(self.restarts)}
         text |= {f"KL to prior, {site}": f"{kl} nats" for site, kl in self.kl.items()}
         if self.switched is not None:
@@ -108,18 +144,20 @@ def gather(posterior: Posterior, num_samples: int | None, seed: int | None) -> E
     is_point = pair.is_point()
     size = sum(t.numel() for t in pair.data.tensors()) + 1
     affordable = max(_FEWEST_DRAWS, min(_DRAWS, _ELEMENTS // size // 100))
-    draws = posterior.log_weights(
-        2 if is_point else num_samples or (affordable if pair.vectorised else _FEWEST_DRAWS), seed
-    )
-    elbo = Estimate.from_draws(draws)
+    num_samples = num_samples or (affordable if pair.vectorised else _FEWEST_DRAWS)
+    num_figures = sum(math.prod(z.shape) for z in pair.latents)
+    keep = not is_point and num_samples * num_figures <= _KEPT
+    draws, log_weights = posterior._weighted(2 if is_point else num_samples, seed, keep)
+    blocks = () if is_point else _blocks(posterior, log_weights, seed)
     owner = getattr(pair.model, "__self__", pair.model)
     aligned = posterior._aligned(1000, seed) if pair.latents else None
     return Evidence(
         converged=posterior.converged,
         stop_reason=posterior.stop_reason,
         is_point=is_point,
-        blocks=() if is_point else _blocks(posterior, draws, seed),
-        elbo=elbo,
+        blocks=blocks,
+        moments=_moments(draws, blocks),
+        elbo=Estimate.from_draws(log_weights),
         recorded_elbo=posterior.elbo,
         other_data=bool(posterior.fitted_to) and fingerprint(pair.data) != posterior.fitted_to,
         restarts=posterior.restarts,
@@ -129,6 +167,22 @@ def gather(posterior: Posterior, num_samples: int | None, seed: int | None) -> E
         if isinstance(owner, Describes) and aligned is not None
         else (),
     )
+
+
+def _moments(draws: Mapping[str, Tensor], blocks: tuple[Block, ...]) -> Moments | None:
+    """Errors of every figure, where one set of weights speaks for all latents and is reliable."""
+    results = [block.result for block in blocks]
+    if not draws or len(results) != 1 or not isinstance(results[0], Psis):
+        return None
+    if results[0].khat > _RELIABLE:
+        return None
+    names = [
+        f"{site}[{', '.join(map(str, index))}]" if index else site
+        for site, value in draws.items()
+        for index in np.ndindex(*value.shape[1:])
+    ]
+    flat = torch.cat([value.reshape(len(value), -1) for value in draws.values()], -1)
+    return Moments(tuple(names), moment_errors(flat, results[0].log_weights))
 
 
 def _blocks(posterior: Posterior, log_weights: Tensor, seed: int | None) -> tuple[Block, ...]:
@@ -189,28 +243,23 @@ def _nested(
 def _by_datum(
     posterior: Posterior, values: dict[str, Tensor], log_q: dict[str, Tensor], plate: str | None
 ) -> tuple[Tensor, Tensor]:
-    """log p - log q of what is outside the plate (S,), and of each of its elements (S, N)."""
+    """Sum of log p - log q outside of the plate (S,), and for each of its elements (S, N)."""
     pair = posterior.pair
     num = len(next(iter(values.values())))
     log_p = objectives.site_log_probs(pair, Draws(values, torch.zeros(num)))
-    rest: Tensor | float = torch.zeros(num)
-    local: Tensor | float = 0.0
+    rest, local = torch.zeros(num), torch.zeros(())
     for sign, parts in ((1.0, log_p), (-1.0, log_q)):
         for site, part in parts.items():
             dims = {name: dim for name, _, dim in pair.plates.get(site, ())}
-            part = part if part.dim() > pair.nesting else part.expand(num, *_pad(part, pair.nesting))
+            if part.dim() <= pair.nesting:  # the same for all draws
+                part = part.reshape(*(1,) * (pair.nesting + 1 - part.dim()), *part.shape)
             part = part.expand(num, *part.shape[1:])
-            if plate in dims:
-                local = local + sign * part.movedim(dims[plate], 1).flatten(2).sum(-1) if (
-                    part.dim() > 2
-                ) else local + sign * part
-            else:
+            if plate is None or plate not in dims:
                 rest = rest + sign * part.flatten(1).sum(-1)
+            else:
+                moved = part.movedim(dims[plate], 1)
+                local = local + sign * moved.reshape(*moved.shape[:2], -1).sum(-1)
     return rest, local
-
-
-def _pad(part: Tensor, nesting: int) -> tuple[int, ...]:
-    return (1,) * (nesting - part.dim()) + tuple(part.shape)
 
 
 def _kl_to_prior(posterior: Posterior, seed: int | None) -> dict[str, Estimate]:

@@ -161,17 +161,7 @@ class Posterior:
             num_samples: number of draws S.
             seed: by default the fit's.
         """
-        self._need_data("log_weights")
-        num_samples = as_count(num_samples, "num_samples")
-        chunk = particle_chunk(self.pair, num_samples)
-        with torch.no_grad(), self._entered("log_weights", seed):
-            parts = range(0, num_samples, chunk)
-            return torch.cat(
-                [
-                    objectives.log_weights(self.pair, min(chunk, num_samples - start))
-                    for start in parts
-                ]
-            )
+        return self._weighted(num_samples, seed)[1]
 
     def predict(self, num_samples: int = 1000, *data: Any, seed: int | None = None) -> Any:  # noqa: ANN401
         """New draws of the observed sites from the posterior predictive; never the data.
@@ -328,6 +318,25 @@ class Posterior:
                 *self.pair.data.args, **self.pair.data.kwargs
             )
         return {name: trace.nodes[name]["value"] for name in self.pair.observed}
+
+    def _weighted(
+        self, num_samples: int, seed: int | None, keep: bool = False
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Draws of the continuous latents, site -> (S, ...), if kept; their log weights (S,)."""
+        self._need_data("log_weights")
+        num_samples = as_count(num_samples, "num_samples")
+        chunk = particle_chunk(self.pair, num_samples)
+        values: dict[str, list[Tensor]] = {z.name: [] for z in self.pair.latents if keep}
+        weights = []
+        with torch.no_grad(), self._entered("log_weights", seed):
+            for start in range(0, num_samples, chunk):
+                draws = objectives.draw(self.pair, min(chunk, num_samples - start))
+                weights.append(objectives.log_joint(self.pair, draws) - draws.log_q)
+                for name, kept in values.items():
+                    kept.append(draws.values[name])
+        shapes = {z.name: z.shape for z in self.pair.latents}
+        kept = {k: torch.cat(v).reshape(num_samples, *shapes[k]) for k, v in values.items()}
+        return kept, torch.cat(weights)
 
     def _need_data(self, what: str) -> None:
         if not self.has_data:

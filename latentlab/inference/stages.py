@@ -34,11 +34,13 @@ from latentlab.inference import objectives
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.sandbox import manual_seed, stream
 
-__all__ = ["Climb", "FitDivergedError", "Interrupted", "State", "evaluate"]
+__all__ = ["Climb", "FitDivergedError", "State", "evaluate"]
 
 _SNAPSHOT_EVERY = 2  # steps
 _CHECK_EVERY = 100  # steps
 _STAGE_STEPS = (300, 3000)  # a stage is at least and at most that long
+_FAILURES = 3  # steps without a finite loss, each tried again shorter and with new noise
+_TRAIL_NUMBERS = 2**25
 _EVALUATION_DRAWS = 256
 
 
@@ -58,10 +60,6 @@ class FitDivergedError(RuntimeError):
             "smaller steps did not help. Look at the scale of that site's prior, or standardise "
             "the data"
         )
-
-
-class Interrupted(Exception):  # noqa: N818 - not an error: the state is kept
-    """Ctrl-C was pressed; the fit keeps what it has."""
 
 
 State = dict[str, Tensor]
@@ -113,12 +111,14 @@ class Climb:
             The ELBO reached.
         """
         num_steps = min(num_steps, self.max_steps - self.num_steps)
-        self._stage(num_steps, lambda k: rate * 0.02 ** (k / max(num_steps, 1)), adaptive=False)
+        self._stage(num_steps, rate, falling=True)
         return self._record()[1]
 
     def until_converged(self) -> None:
         """Stages at falling rates until two agree or the steps run out."""
-        draws, elbo = self._record() if not self.stage_elbos else (self._draw(), self.stage_elbos[-1])
+        if not self.stage_elbos:
+            self._record()
+        draws, elbo = self._draw(), self.stage_elbos[-1]
         rate = self.lr
         while True:
             before = self.state()
@@ -128,7 +128,7 @@ class Climb:
                 return
             if isinstance(self.pair.guide, GaussianGuide):
                 self.pair.guide.recentre()
-            stationary = self._stage(min(_STAGE_STEPS[1], remaining), lambda k, r=rate: r)
+            stationary = self._stage(min(_STAGE_STEPS[1], remaining), rate)
             new_draws, new_elbo = self._record()
             shift = self._shift(before, draws, new_draws)
             if stationary and shift < self.tol and self._gained_nothing(elbo, new_elbo):
@@ -155,42 +155,44 @@ class Climb:
                 for name, buffer in self.pair.guide.named_buffers():
                     buffer.copy_(state[f"frame.{name}"])
 
-    def _stage(
-        self, num_steps: int, rate: Callable[[int], float], adaptive: bool = True
-    ) -> bool:
-        """Run up to ``num_steps``, end at the average of the later half; was it stationary?"""
+    def _stage(self, num_steps: int, rate: float, falling: bool = False) -> bool:
+        """Run up to ``num_steps``, end at the average of the later half; was it stationary?
+
+        At a falling rate it ends at a fiftieth of it, without asking whether it was stationary.
+        """
         parameters = list(self.pair.parameters().values())
         self.stage_starts.append(self.num_steps)
-        optimiser = _adam(parameters, rate(0))
-        iterates: list[Tensor] = []
-        good, failures, halved = self.state(), 0, 1.0
-        stationary = not adaptive
+        optimiser, trail = self._adam(parameters, rate), _Trail(parameters, num_steps)
+        good, failures, halved, stationary = self.state(), 0, 1.0, falling
         k = 0
         while k < num_steps:
-            optimiser.param_groups[0]["lr"] = rate(k) * halved
+            decay = 0.02 ** (k / num_steps) if falling else 1.0
+            optimiser.param_groups[0]["lr"] = rate * halved * decay
             loss = self._step(optimiser, attempt=failures)
             if not math.isfinite(loss):
                 failures += 1
-                if failures > 3:
+                if failures > _FAILURES:
                     raise FitDivergedError(self.num_steps, *self._first_bad_site())
                 self.restore(good)
-                optimiser, halved = _adam(parameters, rate(k)), halved / 2
+                optimiser, halved = self._adam(parameters, rate), halved / 2
                 continue
             self.losses.append(loss)
             self.tick(self.num_steps, loss)
             k += 1
-            if k % _SNAPSHOT_EVERY == 0:
-                iterates.append(torch.cat([p.detach().flatten() for p in parameters]))
+            trail.follow(k)
             if k % _CHECK_EVERY == 0:
                 good, failures = self.state(), 0
-                if adaptive and k >= _STAGE_STEPS[0]:
-                    later = torch.stack(iterates[len(iterates) // 2 :])
-                    stationary = bool((rhat(later) < 1.1).double().mean() >= 0.95)
-                    if stationary:
-                        break
-        if iterates:
-            _write(parameters, torch.stack(iterates[len(iterates) // 2 :]).mean(0))
+                if not falling and k >= _STAGE_STEPS[0] and trail.stationary():
+                    stationary = True
+                    break
+        trail.go_to_average()
         return stationary
+
+    def _adam(self, parameters: list[Tensor], rate: float) -> torch.optim.Optimizer:
+        # Adam steps by the sign of a gradient even if that is nothing but rounding. In the frame of
+        # a guide of ours, where the curvature is about one, this eps makes small steps Newton's.
+        eps = rate if isinstance(self.pair.guide, GaussianGuide) else 1e-8
+        return torch.optim.Adam(parameters, lr=rate, eps=eps, fused=True)
 
     def _step(self, optimiser: torch.optim.Optimizer, attempt: int) -> float:
         step = self.num_steps
@@ -236,10 +238,42 @@ class Climb:
             backward = new.log_q - objectives.log_q(self.pair, new)
             self.restore(now)
         total = float(forward.mean() + backward.mean())
-        return math.sqrt(max(total, 0.0) / max(num_latents, 1)) if math.isfinite(total) else math.inf
+        if not math.isfinite(total):
+            return math.inf
+        return math.sqrt(max(total, 0.0) / max(num_latents, 1))
 
     def _gained_nothing(self, old: Estimate, new: Estimate) -> bool:
         return new.value - old.value <= max(self.tol, 2 * math.hypot(old.se, new.se))
+
+
+class _Trail:
+    """Where the parameters of a stage have been; thinned, so that large nets fit in memory."""
+
+    def __init__(self, parameters: list[Tensor], num_steps: int) -> None:
+        self.parameters = parameters
+        size = sum(p.numel() for p in parameters)
+        self.every = max(_SNAPSHOT_EVERY, math.ceil(size * num_steps / _TRAIL_NUMBERS))
+        self.points: list[Tensor] = []
+
+    def follow(self, step: int) -> None:
+        """Take a snapshot, if it is time to."""
+        if step % self.every == 0:
+            self.points.append(torch.cat([p.detach().flatten() for p in self.parameters]))
+
+    def stationary(self) -> bool:
+        """Whether the later half of the trail has stopped drifting."""
+        later = self.points[len(self.points) // 2 :]
+        return len(later) >= 4 and bool((rhat(torch.stack(later)) < 1.1).double().mean() >= 0.95)
+
+    def go_to_average(self) -> None:
+        """Put the parameters at the average of the later half."""
+        if not self.points:
+            return
+        flat = torch.stack(self.points[len(self.points) // 2 :]).mean(0)
+        sizes = [p.numel() for p in self.parameters]
+        with torch.no_grad():
+            for parameter, part in zip(self.parameters, flat.split(sizes), strict=True):
+                parameter.copy_(part.view_as(parameter))
 
 
 def evaluate(pair: Pair, draws: Draws) -> Estimate:
@@ -282,15 +316,3 @@ def first_bad(log_probs: dict[str, Tensor]) -> tuple[str, float]:
         if isinstance(bad, Tensor) and bad.numel():
             return name, float(bad.flatten()[0])
     return "the parameters", math.nan
-
-
-def _adam(parameters: list[Tensor], lr: float) -> torch.optim.Optimizer:
-    return torch.optim.Adam(parameters, lr=lr, fused=True)
-
-
-def _write(parameters: list[Tensor], flat: Tensor) -> None:
-    with torch.no_grad():
-        start = 0
-        for parameter in parameters:
-            parameter.copy_(flat[start : start + parameter.numel()].view_as(parameter))
-            start += parameter.numel()

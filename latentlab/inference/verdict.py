@@ -2,17 +2,19 @@ r"""The rules of the verdict, in one readable place.
 
 A posterior is judged by evidence, each piece with its error:
 
-===================  =================================================================================
-evidence             reading
-===================  =================================================================================
-stop                 a climb that did not converge asks for care
-k-hat                of the importance weights, per block: above 0.7 the guide misses parts of the
-                     posterior (do not use), above 0.5 it is strained (care)
-ELBO                 measured again: far from what the fit recorded, parameters or data were changed
-starts               the best optimum found once only, or other optima close by, asks for care
-KL to the prior      of each site: near zero, the data say nothing about it (care)
-label switching      draws that mix labels blur every figure about single components (care)
-===================  =================================================================================
+=================  ================================================================================
+evidence           reading
+=================  ================================================================================
+stop               a climb that did not converge asks for care
+k-hat              of the importance weights, per block: above 0.7 the guide misses parts of the
+                   posterior (do not use), above 0.5 it is strained (care)
+means and sds      of the guide, against those that its weights give: off by more than 0.1 sd or a
+                   factor 1.18 (care), by more than 0.3 sd or a factor 2 (do not use)
+ELBO               measured again: far from what the fit recorded, parameters or data were changed
+starts             the best optimum found once only asks for care
+KL to the prior    of each site: near zero, the data say nothing about it (care)
+label switching    draws that mix labels blur every figure about single components (care)
+=================  ================================================================================
 
 The level is the worst that any piece asks for. What it cannot see: a mode that no start found, and
 a model that is wrong in a way its own posterior does not show.
@@ -35,11 +37,13 @@ from latentlab.inference.evidence import Block, Evidence, gather
 if TYPE_CHECKING:
     from latentlab.inference.posterior import Posterior
 
-__all__ = ["LEVELS", "Verdict", "judge"]
+__all__ = ["LEVELS", "Verdict", "decide", "judge"]
 
 LEVELS = ("use", "use with care", "do not use")
 
 _FEW_BAD = 0.05  # share of data whose k-hat may be above 0.7 by noise and a few outliers
+_SHIFTS = 0.1, 0.3  # errors of a mean in standard deviations: care, and not to be used
+_FACTORS = 1.18, 2.0  # errors of a standard deviation, up or down
 _UNUSED_NATS = 0.01  # KL to the prior below which a site has learnt nothing
 _SWITCHED = 0.01  # share of draws with swapped labels
 
@@ -101,7 +105,15 @@ def judge(posterior: Posterior, num_samples: int | None, seed: int | None) -> Ve
         num_samples: draws behind each k-hat, ``None`` for the default.
         seed: of those draws, ``None`` for the fit's.
     """
-    evidence = gather(posterior, num_samples, seed)
+    return decide(gather(posterior, num_samples, seed))
+
+
+def decide(evidence: Evidence) -> Verdict:
+    """Apply the rules to evidence.
+
+    Arguments:
+        evidence: what was measured.
+    """
     findings = [f for rule in _RULES for f in rule(evidence)]
     level = max((f.level for f in findings), key=LEVELS.index, default="use")
     asked = [f for f in findings if f.level != "use"]
@@ -143,6 +155,24 @@ def _block(block: Block) -> Finding:
     if block.share_bad > 0:
         return Finding("use with care", reason, "look at those data, they may be outliers")
     return Finding("use", reason)
+
+
+def _moments(evidence: Evidence) -> Iterator[Finding]:
+    if evidence.moments is None:
+        return
+    step = 'fit with guide="full_rank" or another parametrisation'
+    site, shift = evidence.moments.shift
+    size = abs(shift.value) - shift.se
+    if size > _SHIFTS[0]:
+        level = "do not use" if size > _SHIFTS[1] else "use with care"
+        yield Finding(level, f"the mean of {site} is off by {shift} sd, by its weights", step)
+    site, ratio = evidence.moments.ratio
+    factor = math.exp(abs(math.log(ratio.value)) - ratio.se / ratio.value)
+    if factor > _FACTORS[0]:
+        level = "do not use" if factor > _FACTORS[1] else "use with care"
+        yield Finding(
+            level, f"the sd of {site} is {ratio} of what it should be, by its weights", step
+        )
 
 
 def _elbo(evidence: Evidence) -> Iterator[Finding]:
@@ -199,4 +229,4 @@ def _remarks(evidence: Evidence) -> Iterator[Finding]:
         yield Finding("use with care", remark)
 
 
-_RULES = (_stop, _khat, _elbo, _starts, _unused, _labels, _remarks)
+_RULES = (_stop, _khat, _moments, _elbo, _starts, _unused, _labels, _remarks)

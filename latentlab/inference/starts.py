@@ -1,0 +1,182 @@
+r"""Where a climb begins: near a mode, with the curvature there.
+
+A start is a point u on the real line: the model's own starting values, the median of the prior or
+a draw from it. From there the log joint density is climbed to a mode, and a guide of ours is laid
+over it with the curvature as its precision (Laplace),
+
+.. math:: \hat u = \arg\max_u \log p(x, T(u)) + \log |T'(u)|, \qquad
+          \Lambda = -\nabla^2 \log p(x, T(\hat u)) - \nabla^2 \log |T'(\hat u)|,
+
+so that the climb of the ELBO begins near its end, whatever the units. The mode of a hierarchy may
+be a spike that holds no mass: the start without it is kept where its ELBO is larger.
+
+Letters: L latent numbers, P particles.
+
+Reference:
+    | Accurate approximations for posterior moments and marginal densities
+      (Tierney and Kadane, 1986)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentlab.guides import Draws, GaussianGuide
+from latentlab.inference import objectives
+from latentlab.inference.pair import Pair
+from latentlab.inference.sandbox import manual_seed, stream
+from latentlab.inference.stages import evaluate, first_bad
+from latentlab.protocols import StartsFrom
+
+__all__ = ["Starts"]
+
+_ATTEMPTS = 10
+_PRIOR_DRAWS = 200
+_ELBO_DRAWS = 64
+_MODE_STEPS = 200
+_CURVED = 300  # latents up to which the whole matrix of second derivatives is taken
+
+
+class Starts:
+    """Start 0 is the model's own or the median of the prior, the others are further ones.
+
+    Arguments:
+        pair: the pair, entered.
+        seed: of the fit.
+    """
+
+    def __init__(self, pair: Pair, seed: int) -> None:
+        self.pair, self.seed = pair, seed
+
+    def place(self, start: int) -> None:
+        """Put the pair at a start with a finite objective; at most ten are tried.
+
+        Raises:
+            ValueError: if there is none; the message names the site.
+        """
+        for attempt in range(_ATTEMPTS):
+            self._place(start, attempt)
+            manual_seed(stream(self.seed, "start", start, attempt))
+            with torch.no_grad():
+                weights = objectives.log_weights(self.pair, 4 if self.pair.vectorised else 1)
+            if torch.isfinite(weights).all():
+                return
+        with torch.no_grad():
+            draws = objectives.draw(self.pair, 1)
+            site, value = first_bad(objectives.site_log_probs(self.pair, draws))
+        raise ValueError(
+            f"site {site!r}: its log-density is {value} at each of ten starts; "
+            "look at its support and at the scale of its parents' priors"
+        )
+
+    def _place(self, start: int, attempt: int) -> None:
+        guide = self.pair.guide
+        if not isinstance(guide, GaussianGuide):
+            return
+        seed = stream(self.seed, "place", start, attempt)
+        manual_seed(seed)
+        free = guide.pack(_prior_draws(self.pair, _PRIOR_DRAWS))
+        free = torch.where(torch.isfinite(free), free, 0.0)
+        low, center, high = free.quantile(torch.tensor([0.16, 0.5, 0.84]).to(free), dim=0)
+        unit = ((high - low) / 2).clamp_min(1e-8 * center.abs() + 1e-300)
+        if start or attempt:
+            center = free[0].clamp(center - 2 * unit, center + 2 * unit)
+        owner = getattr(self.pair.model, "__self__", self.pair.model)
+        if isinstance(owner, StartsFrom):
+            data = self.pair.data
+            values = owner.starting_values(*data.args, seed=seed, **data.kwargs)
+            center = self._overwrite(guide, center, values)
+        guide.start(center, 0.1 * unit)
+        if not attempt and not self.pair.store["params"]:  # parameters yet to learn have no mode
+            self._go_to_mode(guide, center, unit, seed)
+
+    def _go_to_mode(self, guide: GaussianGuide, center: Tensor, unit: Tensor, seed: int) -> None:
+        """Lay the guide over the nearest mode, where that has the larger ELBO."""
+        before = {k: v.clone() for k, v in guide.state_dict().items()}
+        plain = self._elbo(seed)
+        mode = _mode(self.pair, guide, center, unit)
+        if guide.num_latents <= _CURVED:
+            guide.lay(mode, _precision(self.pair, guide, mode, unit))
+        else:
+            guide.start(mode, 0.1 * unit)
+        if not self._elbo(seed) > plain:  # a NaN is no gain
+            guide.load_state_dict(before)
+
+    def _elbo(self, seed: int) -> float:
+        manual_seed(seed)
+        with torch.no_grad():
+            num_draws = _ELBO_DRAWS if self.pair.vectorised else _ELBO_DRAWS // 4
+            value = evaluate(self.pair, objectives.draw(self.pair, num_draws)).value
+        return value if math.isfinite(value) else -math.inf
+
+    @staticmethod
+    def _overwrite(guide: GaussianGuide, center: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        current = guide.unpack(center[None])[0]
+        current |= {
+            name: value.reshape(current[name].shape).to(center)
+            for name, value in values.items()
+            if name in current
+        }
+        return guide.pack(current)[0]
+
+
+def _log_density(pair: Pair, guide: GaussianGuide, u: Tensor) -> Tensor:
+    """Log joint density (P,) at points u (P, L) of the real line."""
+    values, log_det = guide.unpack(u)
+    joint = objectives.log_joint(pair, Draws(values, u.new_zeros(len(u))))
+    if pair.is_point():
+        return joint
+    stretch = [part.reshape(len(u), -1).sum(-1) for part in log_det.values()]
+    return joint + sum(stretch, u.new_zeros(()))
+
+
+def _mode(pair: Pair, guide: GaussianGuide, center: Tensor, unit: Tensor) -> Tensor:
+    """A mode of the log density near a centre, by L-BFGS in units of the prior."""
+    from scipy.optimize import minimize
+
+    def loss(v: np.ndarray) -> tuple[float, np.ndarray]:
+        at = torch.from_numpy(v).to(center).requires_grad_()
+        value = -_log_density(pair, guide, (center + unit * at)[None])[0]
+        (slope,) = torch.autograd.grad(value, at)
+        return value.item(), slope.double().numpy(force=True)
+
+    start = np.zeros(len(center))
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": _MODE_STEPS})
+    return center + unit * torch.from_numpy(found.x).to(center)
+
+
+def _precision(pair: Pair, guide: GaussianGuide, mode: Tensor, unit: Tensor) -> Tensor:
+    """Negative second derivatives (L, L) at a mode, made positive definite."""
+
+    def loss(v: Tensor) -> Tensor:
+        return -_log_density(pair, guide, (mode + unit * v)[None])[0]
+
+    curvature = torch.autograd.functional.hessian(loss, torch.zeros_like(mode))
+    size, axes = torch.linalg.eigh(curvature.double())
+    # A flat or hollow direction gets the width of the prior.
+    size = size.abs().clamp_min(1.0)
+    return ((axes * size) @ axes.T).to(mode) / (unit[:, None] * unit)
+
+
+def _prior_draws(pair: Pair, num_draws: int) -> dict[str, Tensor]:
+    """Draws of the latents from the prior, the observed sites left as they are."""
+    with torch.no_grad():
+        if pair.vectorised:
+            with objectives.particles(num_draws, pair), objectives.Substitute({}) as record:
+                pair.data.call(pair.model)
+            found = record.values
+            return {
+                z.name: found[z.name].reshape(-1, *z.shape).expand(num_draws, *z.shape)
+                for z in pair.latents
+            }
+        singles = []
+        for _ in range(num_draws):
+            with objectives.Substitute({}) as record:
+                pair.data.call(pair.model)
+            singles.append(record.values)
+        return {z.name: torch.stack([s[z.name] for s in singles]) for z in pair.latents}
