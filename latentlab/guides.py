@@ -211,11 +211,11 @@ class GaussianGuide(nn.Module, ABC):
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # noqa: ANN401
         """The guide as a Pyro program; arguments are those of the model and are not used."""
-        if not self.latents:
-            return {}
-        u = pyro.sample("_free", self._free_distribution(), infer={"is_auxiliary": True})
+        u: Tensor = self.loc
+        if self.num_latents:  # a simplex of one component has no freedom
+            u = pyro.sample("_free", self._free_distribution(), infer={"is_auxiliary": True})
         prefix = u.shape[:-1]
-        flat, log_det = self.unpack(u.reshape(-1, u.shape[-1]))
+        flat, log_det = self.unpack(u.reshape(math.prod(prefix), self.num_latents))
         # A plate may be entered many times, but made only once.
         frames = dict.fromkeys(frame for latent in self.latents for frame in latent.plates)
         plates = {(name, n, dim): pyro.plate(name, n, dim=dim) for name, n, dim in frames}

@@ -1,6 +1,6 @@
 r"""Plates that read one argument three ways: the whole data, a mini-batch of it, or a prior draw.
 
-A model written as ``model(x=None, size=None)`` says ``with rows(x, size):`` once and then serves for
+A model written as ``model(x=None, size=None)`` says ``with rows(x, size):`` once, and serves for
 
 =============  ==========  =================================================================
 ``x``          ``size``    meaning
@@ -18,6 +18,8 @@ from __future__ import annotations
 import pyro
 import torch
 from torch import Tensor
+
+from latentlab.data.checks import as_count
 
 __all__ = ["rows"]
 
@@ -43,7 +45,8 @@ def rows(
         A ``pyro.plate``, to be used in a ``with`` statement.
 
     Raises:
-        ValueError: if neither is given, or a batch has more rows than it stands for.
+        ValueError: if neither is given, there are no rows, ``size`` is not an int of at least 1,
+            or a batch has more rows than it stands for.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -53,6 +56,8 @@ def rows(
         >>> model(size=5).shape
         torch.Size([5])
     """
+    if size is not None:
+        size = as_count(size, "size")
     if x is None:
         if size is None:
             raise ValueError(
@@ -60,7 +65,7 @@ def rows(
                 "for a prior draw call the model with size=..."
             )
         return pyro.plate(name, size, dim=dim)
-    num_given = len(x)
+    num_given = _num_rows(x)
     if size is None or size == num_given:
         return pyro.plate(name, num_given, dim=dim)
     if size < num_given:
@@ -69,3 +74,9 @@ def rows(
             "size is the number of rows that x stands for"
         )
     return pyro.plate(name, size, subsample=torch.arange(num_given), dim=dim)
+
+
+def _num_rows(x: Tensor) -> int:
+    if not x.dim() or not len(x):
+        raise ValueError(f"x: expected at least one row, got shape {tuple(x.shape)}")
+    return len(x)

@@ -48,7 +48,9 @@ def test_a_mean_field_guide_of_a_correlated_normal_is_too_narrow(seed, correlati
 def test_the_stated_errors_are_the_spread_over_repetitions():
     one = torch.ones(1, dtype=torch.float64)
     found = [
-        moment_errors(*draws_and_weights(Normal(0 * one, one), Normal(0.2 * one, 0.9 * one), s, 4000))
+        moment_errors(
+            *draws_and_weights(Normal(0 * one, one), Normal(0.2 * one, 0.9 * one), s, 4000)
+        )
         for s in range(200)
     ]
     for value, se in (("shift", "shift_se"), ("ratio", "ratio_se")):
@@ -85,7 +87,9 @@ def test_a_figure_that_does_not_vary_is_not_off():
 
 def test_the_worst_figure_is_named_whichever_way_it_is_off():
     z = torch.randn(S, 3, generator=torch.Generator().manual_seed(0)).double()
-    target = Normal(torch.tensor([0.0, -0.4, 0.0]).double(), torch.tensor([1.0, 1.0, 0.6]).double())
+    target = Normal(
+        torch.tensor([0.0, -0.4, 0.0]).double(), torch.tensor([1.0, 1.0, 0.6]).double()
+    )
     log_weights = (target.log_prob(z) - Normal(0.0, 1.0).log_prob(z)).sum(-1)
     errors = moment_errors(z, log_weights)
     assert errors.worst_shift[0] == 1
@@ -97,7 +101,11 @@ def test_the_worst_figure_is_named_whichever_way_it_is_off():
 
 @pytest.mark.parametrize(
     ("draws", "log_weights"),
-    [(torch.zeros(5), torch.zeros(5)), (torch.zeros(5, 2), torch.zeros(4)), (torch.zeros(1, 1), torch.zeros(1))],
+    [
+        (torch.zeros(5), torch.zeros(5)),
+        (torch.zeros(5, 2), torch.zeros(4)),
+        (torch.zeros(1, 1), torch.zeros(1)),
+    ],
 )
 def test_shapes_that_do_not_fit_are_named(draws, log_weights):
     with pytest.raises(ValueError, match="expected shapes"):

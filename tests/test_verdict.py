@@ -13,7 +13,7 @@ import latentlab as ll
 from latentlab.diagnostics import Estimate, KhatTable, MomentErrors, Psis
 from latentlab.inference import verdict
 from latentlab.inference.evidence import Block, Evidence, Moments
-from latentlab.inference.posterior import Restarts
+from latentlab.inference.restarts import Restarts
 
 
 def khat(value, se=0.01):
@@ -69,9 +69,19 @@ RULES = [
     ({"elbo": Estimate(math.nan, math.nan)}, BAD, "ELBO is nan"),
     ({"elbo": Estimate(-math.inf, math.nan)}, BAD, "ELBO is -inf"),
     ({"other_data": True}, BAD, "not the data"),
-    ({"restarts": Restarts((Estimate(-100.0, 0.1), Estimate(-150.0, 0.1)))}, CARE, "1 of 2 starts"),
+    (
+        {"restarts": Restarts((Estimate(-100.0, 0.1), Estimate(-150.0, 0.1)))},
+        CARE,
+        "1 of 2 starts",
+    ),
     ({"restarts": Restarts((Estimate(-100.0, 0.1),))}, "use", "k-hat"),
-    ({"kl": {"mu": Estimate(3.0, 0.1), "nu": Estimate(0.001, 0.001)}}, CARE, "'nu' has learnt nothing"),
+    ({"restarts": Restarts((Estimate(-9.0, 0.1),) * 3, (0.0, 1.0, 9.0))}, CARE, "9 sd away"),
+    ({"restarts": Restarts((Estimate(-9.0, 0.1),) * 3, (0.0, 1.0, 2.0))}, "use", "k-hat"),
+    (
+        {"kl": {"mu": Estimate(3.0, 0.1), "nu": Estimate(0.001, 0.001)}},
+        CARE,
+        "'nu' has learnt nothing",
+    ),
     ({"kl": {"nu": Estimate(0.001, 0.2)}}, "use", "k-hat"),
     ({"switched": Estimate(0.2, 0.01)}, CARE, "labels switch"),
     ({"switched": None}, "use", "k-hat"),
@@ -96,7 +106,13 @@ def test_the_level_is_the_worst_that_any_evidence_asks_for():
 def test_the_text_starts_with_the_level_and_shows_every_figure():
     text = str(verdict.decide(GOOD))
     assert text.splitlines()[0] == "use"
-    for figure in ("stages agree", "0.200 ± 0.010", "-100.00 ± 0.10", "2 of 2 starts", "3.00 ± 0.10"):
+    for figure in (
+        "stages agree",
+        "0.200 ± 0.010",
+        "-100.00 ± 0.10",
+        "2 of 2 starts",
+        "3.00 ± 0.10",
+    ):
         assert figure in text
 
 

@@ -5,7 +5,9 @@ r"""A mixture of diagonal Gaussians with its labels summed out.
 
 Each component's log-density is linear in the features :math:`(x^2, x, 1)` of a row, so that all
 rows against all components are one matrix product. Features are taken about the mean of the
-components, so that data far from the origin lose no digits. A cell that is NaN is missing: the
+components, in units of their mean scale, so that data far from the origin lose no digits and no
+unit overflows. What is left is rounding of about :math:`10^{-16} R^2` nats, where R is the
+distance of a row from that mean in scales of its component. A cell that is NaN is missing: the
 marginal of a diagonal Gaussian leaves the factor out, which is exact.
 
 Letters: N rows, D features, K components, S draws.
@@ -65,7 +67,7 @@ class DiagonalGaussianMixture(TorchDistribution):
     def __init__(
         self, weights: Tensor, locs: Tensor, scales: Tensor, validate_args: bool | None = None
     ) -> None:
-        if locs.shape[-2:] != scales.shape[-2:] or weights.shape[-1] != locs.shape[-2]:
+        if locs.shape[-2:] != scales.shape[-2:] or weights.shape[-1:] != locs.shape[-2:-1]:
             raise ValueError(
                 "weights, locs, scales: expected shapes (..., K), (..., K, D), (..., K, D), got "
                 f"{tuple(weights.shape)}, {tuple(locs.shape)}, {tuple(scales.shape)}"
@@ -76,8 +78,17 @@ class DiagonalGaussianMixture(TorchDistribution):
         )
         super().__init__(batch_shape, locs.shape[-1:], validate_args=validate_args)
 
-    def expand(self, batch_shape: Size, _instance: Any = None) -> DiagonalGaussianMixture:  # noqa: ANN401
+    def expand(
+        self,
+        batch_shape: Size | list[int] | tuple[int, ...],
+        _instance: Any = None,  # noqa: ANN401
+    ) -> DiagonalGaussianMixture:
         """The same mixture with a larger batch shape; parameters are not copied."""
+        if torch.broadcast_shapes(self.batch_shape, batch_shape) != Size(batch_shape):
+            raise ValueError(
+                f"batch_shape: expected a shape that {tuple(self.batch_shape)} expands to, "
+                f"got {tuple(batch_shape)}"
+            )
         new = self._get_checked_instance(DiagonalGaussianMixture, _instance)
         new.weights, new.locs, new.scales = self.weights, self.locs, self.scales
         TorchDistribution.__init__(new, Size(batch_shape), self.event_shape, validate_args=False)
@@ -93,15 +104,15 @@ class DiagonalGaussianMixture(TorchDistribution):
         Returns:
             Log-densities in nats, shape (..., K).
         """
-        # Squares about a far centre cancel: float32 would lose whole nats, float64 does not.
-        locs, scales, y = self.locs.double(), self.scales.double(), x.double()
-        centre = locs.detach().reshape(-1, locs.shape[-1]).mean(0)  # (D,)
-        locs, y = locs - centre, y - centre
-        missing = torch.isnan(y)
+        # Even so, float32 squares would lose whole nats: float64 inside, whatever came.
+        locs, scales = torch.broadcast_tensors(self.locs.double(), self.scales.double())
+        centre, unit = (v.detach().flatten(0, -2).mean(0) for v in (locs, scales))  # (D,)
+        locs, scales, y = (locs - centre) / unit, scales / unit, (x.double() - centre) / unit
         precision = scales**-2
         linear = precision * locs
-        constant = -0.5 * (linear * locs) - scales.log() - 0.5 * math.log(2 * math.pi)
-        y = torch.where(missing, torch.zeros_like(y), y)
+        constant = -0.5 * linear * locs - scales.log() - unit.log() - 0.5 * math.log(2 * math.pi)
+        missing = torch.isnan(y)
+        y = torch.where(missing, 0.0, y)
         features = torch.cat([y * y, y, (~missing).to(y.dtype)], -1)  # (..., 3 D)
         coefficients = torch.cat([-0.5 * precision, linear, constant], -1)  # (..., K, 3 D)
         log_prob = _rows_by_components(features, coefficients) + self.weights.double().log()
@@ -118,7 +129,7 @@ class DiagonalGaussianMixture(TorchDistribution):
         """Posterior probabilities of the labels by Bayes' rule, shape (..., K)."""
         return self.component_log_prob(x).softmax(-1)
 
-    def sample(self, sample_shape: Size = Size()) -> Tensor:  # noqa: B008
+    def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """Draws, shape (*sample_shape, *batch_shape, D)."""
         shape = self._extended_shape(Size(sample_shape))
         with torch.no_grad():
@@ -144,7 +155,7 @@ class DiagonalGaussianMixture(TorchDistribution):
 
 
 def _rows_by_components(features: Tensor, coefficients: Tensor) -> Tensor:
-    """Features (..., N, F) by coefficients (..., 1, K, F): one matrix product if rows share them."""
+    """Features (..., N, F) by coefficients (..., 1, K, F), in one product if rows share them."""
     coefficients = coefficients.transpose(-1, -2)  # (..., F, K)
     if coefficients.dim() == 2:
         return features @ coefficients

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,107 +12,172 @@ import torch
 from torch import Tensor
 
 from latentlab.data.checks import as_rows
+from latentlab.data.convert import as_table
 from latentlab.data.load import load
 from latentlab.data.table import Table
 from latentlab.inference.pair import Arguments, modules_of
-from latentlab.protocols import ToleratesMissing
+from latentlab.protocols import ScalesToData, ToleratesMissing
 
 __all__ = ["as_arguments"]
+
+_COARSE = (torch.float16, torch.bfloat16)
 
 
 def as_arguments(data: Any, model: Callable) -> Arguments:  # noqa: ANN401
     """The arguments of ``model(*args, **kwargs)``.
 
+    Tensors keep their dtype, arrays of whole numbers and of truth values stay so, all other
+    numbers take the dtype of the model's parameters, or float64 where it has none. A list is an
+    array if it holds numbers in rows of one length, else a list of such arrays. What is not data,
+    such as a plain number in a tuple, is handed on as it is.
+
     Arguments:
-        data: a tensor, array, frame or ``Table`` (one argument), a tuple (several), a dict
+        data: a tensor, array, list, frame or ``Table`` (one argument), a tuple (several), a dict
             (keywords), or ``None`` (no data).
-        model: the model; floating arrays take the dtype of its parameters, else float64.
+        model: the model that is to be called.
 
     Returns:
-        The arguments, tensors detached, with the names of the columns where there are some.
+        The arguments, copied, without a gradient, and the names of the columns where there are
+        some.
 
     Raises:
-        ValueError: for infinite values, or NaN where the model does not know missing cells.
-        TypeError: for strings, complex or sparse data.
+        ValueError: for infinite values, NaN where the model does not know missing cells, no data.
+        TypeError: for text, complex or sparse data.
+
+    Example:
+        >>> as_arguments(([1, 2], 0.5), print).args
+        (tensor([1, 2]), 0.5)
+        >>> as_arguments({"x": [1.0, float("nan")]}, print)
+        Traceback (most recent call last):
+        ValueError: x has 1 NaN (first at [1]); drop those rows with latentlab.data.load(x)...
     """
     if isinstance(data, Arguments):
         return data
     owner = getattr(model, "__self__", model)
-    missing_ok = isinstance(owner, ToleratesMissing) and bool(owner.tolerates_missing)
-    dtype = _module_dtype(model)
+    reader = _Reader(
+        _dtype_of(model), isinstance(owner, ToleratesMissing) and bool(owner.tolerates_missing)
+    )
     if data is None:
         return Arguments()
     if isinstance(data, tuple):
-        args = tuple(_convert(v, f"data[{i}]", dtype, missing_ok)[0] for i, v in enumerate(data))
-        return Arguments(args)
+        return Arguments(tuple(reader.read(v, f"data[{i}]") for i, v in enumerate(data)))
     if isinstance(data, Mapping):
-        kwargs = {str(k): _convert(v, str(k), dtype, missing_ok)[0] for k, v in data.items()}
-        return Arguments(kwargs=kwargs)
-    value, names = _convert(data, "x", dtype, missing_ok)
-    return Arguments((value,), names=names)
+        return Arguments(kwargs={str(k): reader.read(v, str(k)) for k, v in data.items()})
+    data = load(data) if _is_frame(data) else data
+    value = reader.read(data, "x")
+    if isinstance(owner, ScalesToData) and isinstance(value, Tensor):
+        # A model that measures its columns takes them for real numbers, whatever they came in.
+        value = value if value.is_floating_point() else value.to(reader.dtype or torch.float64)
+    return Arguments((value,), names=data.names if isinstance(data, Table) else None)
 
 
-def _convert(
-    value: Any,  # noqa: ANN401
-    argument: str,
-    dtype: torch.dtype | None,
-    missing_ok: bool,
-) -> tuple[Any, tuple[str, ...] | None]:
-    """One argument, and the names of its columns if it has names."""
-    names = None
-    if isinstance(value, Table):
-        value, names = value.x, value.names
-        value = value if dtype is None else value.to(dtype)
-    elif hasattr(value, "columns") and hasattr(value, "shape"):  # a pandas or polars frame
-        table = load(value)
-        value, names = table.x if dtype is None else table.x.to(dtype), table.names
-    elif _is_sparse(value) or isinstance(value, np.ndarray) and value.dtype.kind in "OSUcM":
-        value = as_rows(value, argument=argument, min_rows=1, allow_missing=missing_ok).x
-    elif isinstance(value, np.ndarray):
-        value = torch.from_numpy(np.array(value))  # a copy: memory maps and views stay theirs
-        if value.is_floating_point() and value.dtype not in (torch.float16, torch.bfloat16):
-            value = value.to(dtype or torch.float64)
-    elif isinstance(value, str | bytes):
-        raise TypeError(
-            f"{argument}: expected numbers, got the {type(value).__name__} {value[:40]!r}; "
-            "read a file with latentlab.data.load(path)"
-        )
-    if isinstance(value, Tensor):
-        value = _check_tensor(value.detach(), argument, missing_ok)
-    return value, names
+@dataclass(frozen=True)
+class _Reader:
+    """Reads single arguments.
 
+    Arguments:
+        dtype: of the model's parameters, where it has some.
+        missing_ok: whether NaN may stand for a missing cell.
+    """
 
-def _check_tensor(value: Tensor, argument: str, missing_ok: bool) -> Tensor:
-    if value.is_sparse or value.layout != torch.strided or value.is_complex():
-        as_rows(value, argument=argument)  # raises with the way out
-    if value.dim() and value.numel() == 0:
-        raise ValueError(f"{argument}: expected data, got the empty shape {tuple(value.shape)}")
-    if value.dtype in (torch.float16, torch.bfloat16):
-        import warnings
+    dtype: torch.dtype | None
+    missing_ok: bool
 
-        warnings.warn(
-            f"{argument}: {value.dtype} is too coarse to fit with; converted to float32",
-            stacklevel=2,
-        )
-        value = value.float()
-    if not value.is_floating_point():
-        return value
-    for what, found in (("inf", torch.isinf(value)), ("NaN", torch.isnan(value))):
-        if found.any() and not (what == "NaN" and missing_ok):
-            first = found.nonzero()[0].tolist()
-            way = "use a model that integrates missing cells out, or Table.complete_rows()"
-            raise ValueError(
-                f"{argument} has {int(found.sum())} {what} (first at {first}); "
-                + (way if what == "NaN" else "replace them by numbers")
+    def read(self, value: Any, argument: str) -> Any:  # noqa: ANN401
+        """The value as a checked tensor, or list of them, where it holds data."""
+        if isinstance(value, str | bytes):
+            raise TypeError(
+                f"{argument}: expected numbers, got the {type(value).__name__} {value[:40]!r}; "
+                "read a file with latentlab.data.load(path)"
             )
-    return value
+        if isinstance(value, list):
+            return self._list(value, argument)
+        if isinstance(value, Tensor):
+            return self._tensor(value, argument)
+        if isinstance(value, Table) or _is_frame(value):
+            table = value if isinstance(value, Table) else load(value)
+            return self._tensor(table.x.to(self.dtype or table.x.dtype), argument, table.names)
+        if type(value).__module__.startswith("scipy.sparse"):
+            as_rows(value, argument=argument)  # raises with the way out
+        if _is_array(value):
+            return self._array(np.ma.asarray(value), argument)
+        return value
+
+    def _list(self, values: list, argument: str) -> Tensor | list:
+        """An array of rows of one length; else a list, as of sequences."""
+        if not any(_is_array(v) or isinstance(v, Table) for v in values):
+            try:
+                return self._array(np.ma.asarray(values), argument)
+            except ValueError as error:
+                if "inhomogeneous" not in str(error):
+                    raise
+        return [self.read(v, f"{argument}[{i}]") for i, v in enumerate(values)]
+
+    def _array(self, array: np.ma.MaskedArray, argument: str) -> Tensor:
+        values = array.data
+        if array.mask.any():
+            values = np.where(array.mask, np.nan, values.astype(np.float64))
+        if values.dtype.kind == "O":  # numbers, and None or NA for missing ones
+            column = as_table(values.reshape(-1, 1), argument=argument)
+            values = column.x.numpy().reshape(values.shape)
+        elif values.dtype.kind not in "biuf":
+            as_rows(values, argument=argument)  # raises with the way out
+        tensor = torch.from_numpy(np.array(values, dtype=_torch_dtype(values.dtype), order="C"))
+        if tensor.is_floating_point() and tensor.dtype not in _COARSE:
+            tensor = tensor.to(self.dtype or tensor.dtype)
+        return self._tensor(tensor, argument)
+
+    def _tensor(self, value: Tensor, argument: str, names: Sequence[str] = ()) -> Tensor:
+        """A copy without a gradient, after a look at it."""
+        if value.layout != torch.strided or value.is_nested or value.is_complex():
+            as_rows(value, argument=argument)  # raises with the way out
+        if value.dim() and value.numel() == 0:
+            shape = tuple(value.shape)
+            raise ValueError(f"{argument}: expected data, got the empty shape {shape}")
+        if value.dtype in _COARSE:
+            dtype = self.dtype or torch.float64
+            warnings.warn(
+                f"{argument}: {value.dtype} is coarse; converted to {dtype}", stacklevel=2
+            )
+            value = value.to(dtype)
+        self._check_finite(value, argument, names)
+        return value.detach().clone()
+
+    def _check_finite(self, value: Tensor, argument: str, names: Sequence[str]) -> None:
+        if not value.is_floating_point() or bool(torch.isfinite(value).all()):
+            return
+        faults = [("inf", torch.isinf(value), "replace it by a number")]
+        if not self.missing_ok:
+            way = (
+                "drop those rows with latentlab.data.load(x).complete_rows(), "
+                "or take a model that integrates missing cells out"
+            )
+            faults.append(("NaN", torch.isnan(value), way))
+        for what, found, way in faults:
+            if found.any():
+                first = found.nonzero()[0].tolist()
+                column = f" in column {names[first[1]]!r}" if names else ""
+                count = f"{argument} has {int(found.sum())} {what} (first at {first}){column}"
+                raise ValueError(f"{count}; {way}")
 
 
-def _is_sparse(value: Any) -> bool:  # noqa: ANN401
-    return type(value).__module__.startswith("scipy.sparse")
+def _torch_dtype(dtype: np.dtype) -> Any:  # noqa: ANN401
+    """The nearest type of number that torch computes with."""
+    if dtype.kind == "f":
+        return np.float16 if dtype == np.float16 else np.float64
+    return np.int64 if dtype.kind == "u" and dtype != np.uint8 else dtype.newbyteorder("=")
 
 
-def _module_dtype(model: Callable) -> torch.dtype | None:
+def _is_frame(value: object) -> bool:
+    return hasattr(value, "columns") and hasattr(value, "shape")
+
+
+def _is_array(value: object) -> bool:
+    """An array of any library, or a series; a single number of NumPy is a number."""
+    return hasattr(value, "__array__") and not isinstance(value, np.generic)
+
+
+def _dtype_of(model: Callable) -> torch.dtype | None:
     for module in modules_of(model):
         for parameter in module.parameters():
             if parameter.is_floating_point():

@@ -6,45 +6,44 @@ The same look prepares the pair for a fit: its own copy, its sites, its number o
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pyro.poutine as poutine
 import torch
+from pyro import poutine
 from pyro.distributions import Delta
+from pyro.infer.autoguide import AutoGuide
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_factor
 from torch import Tensor, nn
 
 from latentlab.guides import FullRank, GaussianGuide, MeanField, Point
+from latentlab.inference import faults as find
 from latentlab.inference import objectives
 from latentlab.inference.arguments import as_arguments
+from latentlab.inference.copying import copy_pair
+from latentlab.inference.faults import Fault
 from latentlab.inference.pair import (
     Arguments,
     Pair,
-    copy_pair,
-    latent_from_site,
+    latent_of,
     latents_of,
     nesting_of,
+    observed_of,
     plates_of,
-    prototype,
 )
 from latentlab.protocols import OffersGuide, ScalesToData
 
-__all__ = ["Fault", "PairReport", "check_pair", "prepare"]
+__all__ = ["Fault", "PairReport", "accepts_size", "check_pair", "prepare"]
 
-_GUIDES = {"point": Point, "mean_field": MeanField, "full_rank": FullRank}
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One thing wrong with a pair: the site it is about, and what to do."""
-
-    site: str
-    message: str
-    fatal: bool = True
-
-    def __str__(self) -> str:
-        return f"site {self.site!r}: {self.message}" if self.site else self.message
+_GUIDES: dict[str, type[GaussianGuide]] = {
+    "point": Point,
+    "mean_field": MeanField,
+    "full_rank": FullRank,
+}
+_FULL_RANK_UP_TO = 200  # latent numbers, for a guide that the caller did not choose
 
 
 @dataclass(frozen=True)
@@ -107,9 +106,17 @@ def prepare(
     data: Any = None,  # noqa: ANN401
     guide: Any = "auto",  # noqa: ANN401
 ) -> tuple[Pair, PairReport]:
-    """The fit's own copy of the pair, run once, and what was found on the way."""
-    guide_function = _named_guide(guide)
-    model, guide_function = copy_pair(model, guide_function)
+    """The fit's own copy of the pair, run, and what was found on the way.
+
+    Arguments:
+        model: as for :func:`check_pair`.
+        data: as for :func:`check_pair`.
+        guide: as for :func:`check_pair`.
+
+    Returns:
+        The pair, ready for :mod:`latentlab.inference.objectives` where the report is ok.
+    """
+    model, guide_function = copy_pair(model, _named_guide(guide))
     arguments = as_arguments(data, model)
     owner = getattr(model, "__self__", model)
     if isinstance(owner, ScalesToData):
@@ -117,34 +124,50 @@ def prepare(
     floating = [t.dtype for t in arguments.tensors() if t.is_floating_point()]
     dtype = floating[0] if floating else torch.get_default_dtype()
     pair = Pair(model, guide_function, arguments, dtype)
-    notes = []
-    with pair.entered(seed=0, validate=True):
-        trace = _run("model", model, arguments)
-        _learn_model(pair, trace)
-        faults = list(_model_faults(pair, trace))
-        if isinstance(guide, str) and guide == "auto":
-            pair.guide = _default_guide(owner, pair)
-        if isinstance(pair.guide, GaussianGuide):
-            _bind(pair, arguments)
-            faults += _own_guide_faults(pair, trace)
-            if any(fault.fatal for fault in faults):
-                return pair, _report(pair, faults, notes)
-        else:
-            guide_trace = _run("guide", pair.guide, arguments)
-            _learn_guide(pair, trace, guide_trace)
-            faults += _guide_faults(pair, trace, guide_trace)
-        if not any(fault.fatal for fault in faults):
+    faults = _look(pair, wants_guide=isinstance(guide, str) and guide == "auto")
+    note = None
+    if not any(fault.fatal for fault in faults):
+        with pair.entered(seed=0):
+            faults += find.unregistered(pair)
+            faults += find.entangled(pair)
             note = objectives.verify_vectorised(pair)
-            notes += [note] if note else []
-    with pair.entered(seed=0):  # the store now holds every parameter of the pair
-        return pair, _report(pair, faults, notes)
+    return pair, PairReport(tuple(faults), _describe(pair), (note,) if note else ())
 
 
-def _report(pair: Pair, faults: list[Fault], notes: list[str]) -> PairReport:
+def _look(pair: Pair, wants_guide: bool) -> list[Fault]:
+    """Run the model and the guide, learn their sites, find their faults."""
+    faults = list(find.clashing_names(pair))
+    with pair.entered(seed=0, validate=True):
+        traces = [_run("model", pair.model, pair.data) for _ in range(2)]
+        faults += find.unsteady(*traces)
+        faults += find.model_faults(traces[0])
+        faults += find.score(traces[0])
+        if any(fault.fatal for fault in faults):
+            return faults
+        _learn_model(pair, traces[0])
+        faults += find.unused(pair, traces[0])
+        if wants_guide:
+            pair.guide = _default_guide(pair)
+        if isinstance(pair.guide, GaussianGuide):
+            faults += find.own_guide_faults(pair, traces[0])
+            faults += find.moving_supports(pair, *traces)
+            if not any(fault.fatal for fault in faults):
+                _bind(pair, pair.guide)
+            return faults
+        guide_trace = _run("guide", pair.guide, pair.data)
+        faults += find.score(guide_trace)
+        _learn_guide(pair, traces[0], guide_trace)
+        faults += find.cover_faults(pair, traces[0], guide_trace)
+        faults += find.pair_faults(pair, traces[0], guide_trace)
+        if isinstance(pair.guide, AutoGuide):
+            faults += find.moving_supports(pair, *traces)
+    return faults
+
+
+def _describe(pair: Pair) -> tuple[str, ...]:
     sites = [f"latent {z.name}: shape {z.shape}, support {z.support}" for z in pair.latents]
     sites += [f"latent {name}: discrete, summed out" for name in pair.summed_out]
-    sites += [f"observed {name}" for name in pair.observed]
-    return PairReport(tuple(faults), tuple(sites), tuple(notes))
+    return (*sites, *(f"observed {name}" for name in pair.observed))
 
 
 def _named_guide(guide: Any) -> Any:  # noqa: ANN401
@@ -160,43 +183,56 @@ def _named_guide(guide: Any) -> Any:  # noqa: ANN401
     return guide
 
 
-def _default_guide(owner: Any, pair: Pair) -> GaussianGuide:  # noqa: ANN401
+def _default_guide(pair: Pair) -> GaussianGuide:
+    owner = getattr(pair.model, "__self__", pair.model)
     if isinstance(owner, OffersGuide):
         return owner.default_guide()
     numbers = sum(torch.Size(latent.free_shape).numel() for latent in pair.latents)
-    return FullRank() if numbers <= 200 else MeanField()
+    return FullRank() if numbers <= _FULL_RANK_UP_TO else MeanField()
 
 
-def _run(role: str, function: Callable, data: Arguments) -> poutine.Trace:
+class _OwnParameters(Messenger):
+    """Start parameters at copies of the tensors given for them, which stay the user's."""
+
+    def _pyro_param(self, msg: dict[str, Any]) -> None:
+        name, *start = msg["args"]
+        if start and isinstance(start[0], Tensor) and not isinstance(start[0], nn.Parameter):
+            msg["args"] = (name, start[0].detach().clone())
+        elif start and not isinstance(start[0], Tensor):
+            msg["args"] = (name, lambda: start[0]().detach().clone())
+
+
+def _run(role: str, function: Callable, data: Arguments) -> Trace:
     try:
-        return prototype(function, data)
+        with _OwnParameters():
+            return poutine.trace(function).get_trace(*data.args, **data.kwargs)
     except Exception as error:
         shapes = [tuple(t.shape) for t in data.tensors()]
         error.add_note(f"raised by the {role} before step 1, on tensors of shapes {shapes}")
         raise
 
 
-def _learn_model(pair: Pair, trace: poutine.Trace) -> None:
-    continuous, discrete = [], []
-    for name, site in latents_of(trace):
-        if site["fn"].support.is_discrete:
-            discrete.append(name)
-        else:
-            continuous.append(latent_from_site(name, site))
-    pair.latents, pair.summed_out = tuple(continuous), tuple(discrete)
-    pair.observed = tuple(
-        name
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample"
-        and site["is_observed"]
-        and not site["infer"].get("_deterministic")
-    )
-    pair.plates |= _plates_of_sites(trace)
+def _learn_model(pair: Pair, trace: Trace) -> None:
+    drawn = latents_of(trace)
+    pair.latents = tuple(latent_of(n, s) for n, s in drawn.items() if not find.is_discrete(s))
+    pair.summed_out = tuple(name for name, site in drawn.items() if find.is_discrete(site))
+    pair.observed = tuple(n for n, s in observed_of(trace).items() if not site_is_factor(s))
     pair.nesting = nesting_of(trace)
+    pair.plates |= _plates(trace)
     pair.shapes |= _shapes(trace)
 
 
-def _shapes(trace: poutine.Trace) -> dict[str, tuple[int, ...]]:
+def _learn_guide(pair: Pair, trace: Trace, guide_trace: Trace) -> None:
+    drawn = latents_of(guide_trace)
+    pair.summed_out = tuple(name for name in pair.summed_out if name not in drawn)
+    pair.nesting = nesting_of(trace, guide_trace)
+    pair.points = tuple(name for name, site in drawn.items() if isinstance(site["fn"], Delta))
+    pair.noisy = len(pair.points) < len(drawn)
+    pair.shapes = _shapes(guide_trace) | pair.shapes
+    pair.plates = _plates(guide_trace) | pair.plates
+
+
+def _shapes(trace: Trace) -> dict[str, tuple[int, ...]]:
     return {
         name: tuple(site["value"].shape)
         for name, site in trace.nodes.items()
@@ -204,135 +240,16 @@ def _shapes(trace: poutine.Trace) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _plates_of_sites(trace: poutine.Trace) -> dict[str, tuple[tuple[str, int, int], ...]]:
+def _plates(trace: Trace) -> dict[str, tuple[tuple[str, int, int], ...]]:
     return {n: plates_of(site) for n, site in trace.nodes.items() if site["type"] == "sample"}
 
 
-def _learn_guide(pair: Pair, trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
-    drawn = dict(latents_of(guide_trace))
-    pair.summed_out = tuple(name for name in pair.summed_out if name not in drawn)
-    pair.nesting = nesting_of(trace, guide_trace)
-    pair.points = tuple(name for name, site in drawn.items() if isinstance(site["fn"], Delta))
-    pair.noisy = len(pair.points) < len(drawn)
-    pair.shapes = _shapes(guide_trace) | pair.shapes
-    pair.plates = _plates_of_sites(guide_trace) | pair.plates
-
-
-def _bind(pair: Pair, data: Arguments) -> None:
-    assert isinstance(pair.guide, GaussianGuide)
-    device = next((t.device for t in data.tensors()), None)
-    pair.guide.bind(pair.latents, max_plate_nesting=pair.nesting, dtype=pair.dtype, device=device)
-    pair.noisy = not isinstance(pair.guide, Point)
+def _bind(pair: Pair, guide: GaussianGuide) -> None:
+    device = next((t.device for t in pair.data.tensors()), None)
+    guide.bind(pair.latents, max_plate_nesting=pair.nesting, dtype=pair.dtype, device=device)
+    pair.noisy = not isinstance(guide, Point)
     if not pair.noisy:
         pair.points = tuple(latent.name for latent in pair.latents)
-
-
-def _model_faults(pair: Pair, trace: poutine.Trace) -> Iterator[Fault]:
-    if not pair.observed:
-        yield Fault(
-            "", "the model observes nothing: its posterior is its prior; add obs= to a site", False
-        )
-    for name in pair.summed_out:
-        if not trace.nodes[name]["fn"].has_enumerate_support:
-            yield Fault(name, "is discrete with no finite support, so it cannot be summed out")
-    for name, site in trace.nodes.items():
-        log_prob = site.get("log_prob")
-        if site["type"] == "sample" and isinstance(log_prob, Tensor) and log_prob.isnan().any():
-            yield Fault(name, "its log-density is NaN at a draw from the prior; look at its scale")
-    yield from _unused(pair, trace)
-
-
-def _unused(pair: Pair, trace: poutine.Trace) -> Iterator[Fault]:
-    """Latents that no observed site and no other latent depends on."""
-    leaves = {
-        latent.name: trace.nodes[latent.name]["value"].detach().clone().requires_grad_()
-        for latent in pair.latents
-    }
-    with torch.enable_grad(), objectives.Record(leaves) as record:
-        pair.data.call(pair.model)
-    for name, leaf in leaves.items():
-        others = [v.sum() for k, v in record.log_prob.items() if k != name and v.requires_grad]
-        used = others and torch.autograd.grad(
-            sum(others), leaf, retain_graph=True, allow_unused=True
-        )[0] is not None
-        if not used:
-            yield Fault(name, "nothing depends on it: its posterior is its prior", fatal=False)
-
-
-def _own_guide_faults(pair: Pair, trace: poutine.Trace) -> Iterator[Fault]:
-    if not pair.latents:
-        yield Fault("", "the model has no continuous latent for this guide to cover")
-    for latent in pair.latents:
-        if _subsampled(trace.nodes[latent.name]):
-            yield Fault(
-                latent.name,
-                "is local to a plate that the model subsamples, which this guide cannot follow; "
-                "write a guide that computes it from the mini-batch, or fit the whole data",
-            )
-
-
-def _subsampled(site: Any) -> bool:  # noqa: ANN401
-    frames = [frame for frame in site["cond_indep_stack"] if frame.full_size is not None]
-    return any(frame.full_size != frame.size for frame in frames)
-
-
-def _guide_faults(
-    pair: Pair, trace: poutine.Trace, guide_trace: poutine.Trace
-) -> Iterator[Fault]:
-    model_sites, guide_sites = dict(latents_of(trace)), dict(latents_of(guide_trace))
-    own = {n for n, s in guide_sites.items() if not s["infer"].get("is_auxiliary")}
-    extra = sorted(own - set(model_sites))
-    for name in model_sites:
-        if name not in guide_sites and name not in pair.summed_out:
-            has = f" (the guide has {', '.join(map(repr, extra))})" if extra else ""
-            yield Fault(name, f"is in the model but not in the guide{has}; add it to the guide")
-    for name in extra:
-        if name in trace.nodes:
-            yield Fault(name, "is in the guide but observed in the model; remove it from the guide")
-        else:
-            yield Fault(name, "is in the guide but not in the model; rename or remove it")
-    for name in sorted(own & set(model_sites), key=list(model_sites).index):
-        yield from _site_faults(name, model_sites[name], guide_sites[name])
-
-
-def _site_faults(name: str, model_site: Any, guide_site: Any) -> Iterator[Fault]:  # noqa: ANN401
-    expected, given = tuple(model_site["value"].shape), tuple(guide_site["value"].shape)
-    if expected != given:
-        yield Fault(name, f"has shape {expected} in the model but {given} in the guide")
-        return
-    fn = guide_site["fn"]
-    if not fn.has_rsample and not isinstance(fn, Delta):
-        yield Fault(
-            name,
-            f"the guide draws it from {type(fn).__name__}, which has no reparameterised gradient; "
-            "leave a discrete latent out of the guide to have it summed out",
-        )
-    support = model_site["fn"].support
-    with torch.no_grad():
-        values = [guide_site["value"]]
-        if not isinstance(fn, Delta):
-            values += [fn.sample() for _ in range(100)]
-        outside = [v for v in values if not bool(support.check(v).all())]
-    if outside:
-        yield Fault(
-            name,
-            f"the guide's support {_name(fn.support)} leaves the prior's support {_name(support)}; "
-            "transform the guide's distribution, or use one on that support",
-        )
-    missing = _plates(model_site) - _plates(guide_site)
-    if missing and not isinstance(fn, Delta):
-        names = ", ".join(sorted(missing))
-        yield Fault(
-            name, f"is in plate {names} in the model but not in the guide; put it there", fatal=False
-        )
-
-
-def _plates(site: Any) -> set[str]:  # noqa: ANN401
-    return {frame.name for frame in site["cond_indep_stack"]}
-
-
-def _name(support: Any) -> str:  # noqa: ANN401
-    return str(support).removesuffix("()")
 
 
 def accepts_size(model: Callable) -> bool:

@@ -9,26 +9,31 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentlab.diagnostics import Estimate
 from latentlab.guides import GaussianGuide, Latent, guide_from_spec
-from latentlab.inference.arguments import as_arguments
+from latentlab.inference import objectives
 from latentlab.inference.pair import Arguments, Pair, copy_pair, modules_of
+from latentlab.inference.predictive import as_fitted
+from latentlab.inference.restarts import Restarts
 from latentlab.protocols import Rebuildable
 from latentlab.supports import support_from_spec, support_spec
 
 if TYPE_CHECKING:
     from latentlab.inference.posterior import Posterior
 
-__all__ = ["FILE", "fingerprint", "probe", "restore", "save", "write_atomically"]
+__all__ = ["FILE", "digest_of", "fingerprint", "probe", "restore", "save", "write_atomically"]
 
 FILE = "model.safetensors"
 _SCHEMA = 1
@@ -43,17 +48,17 @@ def save(posterior: Posterior, path: str | Path) -> Path:
 
     Returns:
         The file written.
+
+    Raises:
+        OSError: if it cannot be written to; the message names it.
     """
     path = Path(path)
     file = path if path.suffix == ".safetensors" else path / FILE
-    file.parent.mkdir(parents=True, exist_ok=True)
-    pair = posterior.pair
-    tensors = {"losses": posterior.losses}
-    tensors |= {f"store.{k}": v for k, v in pair.store["params"].items()}
-    tensors |= {f"model.{k}": v for k, v in _states(pair.model)}
-    tensors |= {f"guide.{k}": v for k, v in _states(pair.guide)}
+    with _named(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {"losses": posterior.losses, **_numbers(posterior.pair)}
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    facts = json.dumps(_facts(posterior), sort_keys=True, allow_nan=True)
+    facts = json.dumps(_facts(posterior), sort_keys=True)
     metadata = {"latentlab": facts, "sha256": _digest(facts, tensors)}
     write_atomically(file, tensors_to_bytes(tensors, metadata=metadata))
     return file
@@ -79,23 +84,19 @@ def restore(
         FileNotFoundError: if there is no such file.
         ValueError: if the file is damaged, from a newer version, or of another pair.
     """
-    from latentlab.inference.posterior import Posterior, Restarts
+    from latentlab.inference.posterior import Posterior
 
     file, facts, tensors = _read(path)
-    if model is None:
-        if facts["model"] is None:
-            raise ValueError(f"{file}: holds a model of your own; load it with model=")
-        model = build(facts["model"])
     dtype = getattr(torch, facts["dtype"])
-    if facts["guide"] is not None:
-        guide = guide_from_spec(facts["guide"], dtype)
-    elif guide is None:
-        raise ValueError(f"{file}: holds a guide of your own; load it with guide=")
-    model, guide = copy_pair(model, guide)
-    arguments = _placeholder(facts) if data is None else as_arguments(data, model)
-    pair = Pair(model, guide, arguments, dtype, **_sites(facts))
+    model, guide = copy_pair(_model(file, facts, model, build), _guide(file, facts, guide, dtype))
+    pair = Pair(model, guide, _placeholder(facts), dtype, **_sites(facts))
+    has_data = data is not None or not (pair.data.args or pair.data.kwargs)
+    if data is not None:
+        pair.data = as_fitted(data, pair)
     _fill(file, pair, facts, tensors)
-    posterior = Posterior(
+    if not has_data:
+        _refuse_amortised(file, pair)
+    return Posterior(
         pair=pair,
         seed=facts["seed"],
         elbo=Estimate(*facts["elbo"]),
@@ -104,16 +105,15 @@ def restore(
         stage_elbos=tuple(Estimate(*e) for e in facts["stage_elbos"]),
         converged=facts["converged"],
         stop_reason=facts["stop_reason"],
-        restarts=Restarts(tuple(Estimate(*e) for e in facts["restarts"])),
+        restarts=Restarts(tuple(Estimate(*e) for e in facts["restarts"]), tuple(facts["apart"])),
         notes=tuple(facts["notes"]),
         seconds=facts["seconds"],
+        method=facts["method"],
+        backend=facts["backend"],
         fitted_to=facts["fitted_to"],
         recorded=facts["verdict"],
-        has_data=data is not None or not facts["data"]["args"] and not facts["data"]["kwargs"],
+        has_data=has_data,
     )
-    if not posterior.has_data:
-        _refuse_amortised(file, pair)
-    return posterior
 
 
 def fingerprint(data: Arguments) -> str:
@@ -121,12 +121,13 @@ def fingerprint(data: Arguments) -> str:
     digest = hashlib.sha256()
     for key, value in [*enumerate(data.args), *sorted(data.kwargs.items())]:
         digest.update(str(key).encode())
-        if isinstance(value, Tensor):
-            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).numpy().tobytes())
-        else:
-            digest.update(repr(value).encode())
+        _update(digest, value)
     return digest.hexdigest()
+
+
+def digest_of(pair: Pair) -> str:
+    """A sha256 of the numbers of a pair and of its data."""
+    return _digest(fingerprint(pair.data), _numbers(pair))
 
 
 def probe(folder: str | Path) -> Path:
@@ -142,13 +143,10 @@ def probe(folder: str | Path) -> Path:
         OSError: if it cannot be written to; the message names it.
     """
     folder = Path(folder)
-    try:
+    with _named(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        trial = folder / ".latentlab-probe"
-        trial.write_bytes(b"probe")
-        trial.unlink()
-    except OSError as error:
-        raise OSError(f"{folder}: cannot be written to ({error.strerror or error})") from error
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as trial:
+            trial.write(b"probe")
     return folder
 
 
@@ -158,36 +156,52 @@ def write_atomically(file: Path, content: bytes) -> None:
     Arguments:
         file: the file to write.
         content: its bytes.
+
+    Raises:
+        OSError: if it cannot be written to; the message names it.
     """
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    aside = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+    with _named(file):
+        try:
+            with aside.open("wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            aside.replace(file)
+        finally:
+            with suppress(OSError):
+                aside.unlink()
+    with suppress(OSError):  # some systems cannot flush a folder
+        folder = os.open(file.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@contextmanager
+def _named(place: Path) -> Iterator[None]:
+    """Say which place cannot be written to, and what to do."""
     try:
-        with aside.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.replace(file)
-    finally:
-        aside.unlink(missing_ok=True)
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise type(error)(
+            f"{place}: cannot be written ({reason}); choose a folder that you may write to"
+        ) from error
 
 
 def _facts(posterior: Posterior) -> dict[str, Any]:
     pair = posterior.pair
-    owner = getattr(pair.model, "__self__", pair.model)
-    described = isinstance(owner, Rebuildable) and owner is pair.model
-    ours = isinstance(pair.guide, GaussianGuide)
-    verdict = posterior.check() if posterior.has_data else None
+    verdict = posterior.check().spec() if posterior.has_data else posterior.recorded
     return {
         "schema": _SCHEMA,
-        "model": owner.spec() if described else None,
-        "guide": pair.guide.spec() if ours else None,
+        "model": _description(pair.model),
+        "guide": pair.guide.spec() if isinstance(pair.guide, GaussianGuide) else None,
         "dtype": str(pair.dtype).removeprefix("torch."),
         "names": pair.data.names,
-        "data": _shapes_of(pair.data),
+        "args": [_describe(value) for value in pair.data.args],
+        "kwargs": {name: _describe(value) for name, value in pair.data.kwargs.items()},
         "constraints": {k: support_spec(v) for k, v in pair.store["constraints"].items()},
         "latents": [latent.spec() for latent in pair.latents],
         "summed_out": pair.summed_out,
@@ -205,11 +219,67 @@ def _facts(posterior: Posterior) -> dict[str, Any]:
         "converged": posterior.converged,
         "stop_reason": posterior.stop_reason,
         "restarts": [[e.value, e.se] for e in posterior.restarts.elbos],
+        "apart": posterior.restarts.apart,
         "notes": posterior.notes,
         "seconds": posterior.seconds,
+        "method": posterior.method,
+        "backend": posterior.backend,
         "fitted_to": posterior.fitted_to or fingerprint(pair.data),
-        "verdict": verdict.spec() if verdict is not None else posterior.recorded,
+        "verdict": verdict,
     }
+
+
+def _description(model: Callable) -> dict[str, Any] | None:
+    """What builds the model again; ``None`` for one that only its author has."""
+    if not isinstance(model, Rebuildable):
+        return None
+    spec = model.spec()
+    return spec if spec["class"] == type(model).__name__ else None  # not that of a base class
+
+
+def _model(
+    file: Path,
+    facts: Mapping[str, Any],
+    model: Callable | None,
+    build: Callable[[Mapping[str, Any]], Callable],
+) -> Callable:
+    stored = facts["model"]
+    if model is None:
+        if stored is None:
+            raise ValueError(f"{file}: holds a model of your own; load it with model=")
+        return build(stored)
+    if stored is not None and _description(model) != stored:
+        raise ValueError(
+            f"{file}: was written for another model, {_call(stored)}, not {_called(model)}; "
+            "leave model= out"
+        )
+    return model
+
+
+def _guide(
+    file: Path, facts: Mapping[str, Any], guide: Callable | None, dtype: torch.dtype
+) -> Callable:
+    stored = facts["guide"]
+    if stored is None:
+        if guide is None:
+            raise ValueError(f"{file}: holds a guide of your own; load it with guide=")
+        return guide
+    if guide is not None and type(guide).__name__ != stored["class"]:
+        raise ValueError(
+            f"{file}: holds a guide of latentlab, {stored['class']}, not {_called(guide)}; "
+            "leave guide= out"
+        )
+    return guide_from_spec(stored, dtype)
+
+
+def _call(spec: Mapping[str, Any]) -> str:
+    arguments = ", ".join(f"{name}={value!r}" for name, value in spec["arguments"].items())
+    return f"{spec['class']}({arguments})"
+
+
+def _called(function: Any) -> str:  # noqa: ANN401
+    spec = _description(function)
+    return _call(spec) if spec else getattr(function, "__name__", type(function).__name__)
 
 
 def _sites(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -226,11 +296,21 @@ def _sites(facts: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _states(function: Callable) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers of the modules a callable is or refers to."""
-    for i, module in enumerate(modules_of(function)):
-        for name, value in module.state_dict().items():
-            yield f"{i}.{name}", value
+def _numbers(pair: Pair) -> dict[str, Tensor]:
+    """Parameters and buffers of a pair: of Pyro's store, and of the modules of both halves."""
+    found = {f"store.{name}": value for name, value in pair.store["params"].items()}
+    for place, module in _modules(pair).items():
+        found |= {f"{place}.{name}": value for name, value in module.state_dict().items()}
+    return found
+
+
+def _modules(pair: Pair) -> dict[str, nn.Module]:
+    """The modules of both halves by a name, each of them once."""
+    found: dict[str, nn.Module] = {}
+    for role, function in (("model", pair.model), ("guide", pair.guide)):
+        further = [m for m in modules_of(function) if m not in found.values()]
+        found |= {f"{role}.{i}": module for i, module in enumerate(further)}
+    return found
 
 
 def _fill(file: Path, pair: Pair, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -240,58 +320,80 @@ def _fill(file: Path, pair: Pair, facts: Mapping[str, Any], tensors: Mapping[str
     pair.store["constraints"].update(
         {k: support_from_spec(v) for k, v in facts["constraints"].items()}
     )
-    if not isinstance(pair.guide, GaussianGuide):
-        with pair.entered(seed=0), torch.no_grad():
-            pair.data.call(pair.guide)  # an autoguide has no parameters before it has run
+    _expect_sites(file, pair)
+    for place, module in _modules(pair).items():
+        prefix = f"{place}."
+        state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        try:
+            module.load_state_dict(state, assign=True)
+        except RuntimeError as error:
+            role, why = place.split(".")[0], " ".join(str(error).split())
+            raise ValueError(f"{file}: was written for another {role}: {why}") from error
+
+
+def _expect_sites(file: Path, pair: Pair) -> None:
+    """Run the pair once, which gives an autoguide its parameters, and compare its latents."""
+    expected = {z.name: z.shape for z in pair.latents}
+    expected |= {name: pair.shapes[name] for name in pair.summed_out}
     for role, function in (("model", pair.model), ("guide", pair.guide)):
-        for i, module in enumerate(modules_of(function)):
-            prefix = f"{role}.{i}."
-            state = {
-                k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)
-            }
-            try:
-                module.load_state_dict(state, assign=True)
-            except RuntimeError as error:
-                what = str(error).splitlines()[1].strip() if "\n" in str(error) else error
-                raise ValueError(f"{file}: was written for another {role}: {what}") from error
+        if isinstance(function, GaussianGuide):
+            continue
+        try:
+            with pair.entered(seed=0), torch.no_grad(), objectives.Substitute({}) as record:
+                pair.data.call(function)
+        except Exception as error:
+            shapes = [tuple(t.shape) for t in pair.data.tensors()]
+            raise ValueError(
+                f"{file}: this {role} does not run on data of shapes {shapes} "
+                f"({' '.join(str(error).split())}); load it with its own pair, and with data= "
+                "where the pair depends on their values"
+            ) from error
+        for name, shape in expected.items():
+            if role == "guide" and name in pair.summed_out:
+                continue
+            found = record.values.get(name)
+            if found is None or tuple(found.shape) != shape:
+                has = "no such site" if found is None else f"shape {tuple(found.shape)}"
+                raise ValueError(
+                    f"{file}: was written for another {role}: site {name!r} has shape {shape} in "
+                    f"the file, and {has} here"
+                )
 
 
-def _shapes_of(data: Arguments) -> dict[str, Any]:
-    def describe(value: Any) -> Any:  # noqa: ANN401
-        if isinstance(value, Tensor):
-            return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-        return {"value": value if isinstance(value, int | float | str | bool) else None}
+def _describe(value: Any) -> Any:  # noqa: ANN401
+    """An argument as JSON values: of a tensor its shape and type, not its values."""
+    if isinstance(value, Tensor):
+        return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    if isinstance(value, list | tuple):
+        return {type(value).__name__: [_describe(item) for item in value]}
+    return {"value": value if isinstance(value, int | float | str | bool) else None}
 
-    kwargs = {k: describe(v) for k, v in data.kwargs.items()}
-    return {"args": [describe(v) for v in data.args], "kwargs": kwargs}
 
-
-def _placeholder(facts: Mapping[str, Any], fill: float = 0) -> Arguments:
-    """Data of the stored shape without its values."""
+def _placeholder(facts: Mapping[str, Any]) -> Arguments:
+    """Data of the stored shapes without their values."""
 
     def make(described: Mapping[str, Any]) -> Any:  # noqa: ANN401
         if "shape" in described:
-            dtype = getattr(torch, described["dtype"])
-            return torch.full(described["shape"], fill, dtype=dtype)
+            return torch.zeros(described["shape"], dtype=getattr(torch, described["dtype"]))
+        if "list" in described:
+            return [make(item) for item in described["list"]]
+        if "tuple" in described:
+            return tuple(make(item) for item in described["tuple"])
         return described["value"]
 
-    described = facts["data"]
     names = tuple(facts["names"]) if facts["names"] else None
-    kwargs = {k: make(v) for k, v in described["kwargs"].items()}
-    return Arguments(tuple(map(make, described["args"])), kwargs, names)
+    kwargs = {name: make(value) for name, value in facts["kwargs"].items()}
+    return Arguments(tuple(map(make, facts["args"])), kwargs, names)
 
 
 def _refuse_amortised(file: Path, pair: Pair) -> None:
     """A guide that reads the data cannot be drawn from without them."""
     if isinstance(pair.guide, GaussianGuide):
         return
-    from latentlab.inference.objectives import draw
-
     drawn = []
-    for fill in (0, 1):
-        data = pair.data.map(lambda t, fill=fill: torch.full_like(t, fill))
+    for data in (pair.data, pair.data.map(torch.ones_like)):
         with pair.entered(seed=0), torch.no_grad():
-            drawn.append(draw(pair, 1, data).values)
+            drawn.append(objectives.draw(pair, 1, data).values)
     if any(not torch.equal(value, drawn[1][name]) for name, value in drawn[0].items()):
         raise ValueError(f"{file}: its guide reads the data; load it with data=")
 
@@ -321,10 +423,23 @@ def _read(path: str | Path) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
     return file, facts, tensors
 
 
-def _digest(facts: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(facts.encode())
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
-        value = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
-        digest.update(value.view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+        digest.update(name.encode())
+        _update(digest, tensors[name])
     return digest.hexdigest()
+
+
+def _update(digest: Any, value: Any) -> None:  # noqa: ANN401
+    """Add the shape, type and bytes of a tensor, or the text of another value."""
+    if isinstance(value, Tensor):
+        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        flat = value.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, list | tuple):
+        digest.update(f"{type(value).__name__}{len(value)}".encode())
+        for item in value:
+            _update(digest, item)
+    else:
+        digest.update(repr(value).encode())

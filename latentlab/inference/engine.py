@@ -21,10 +21,12 @@ from latentlab.inference import objectives
 from latentlab.inference.check import Fault, accepts_size, prepare
 from latentlab.inference.checkpoint import fingerprint
 from latentlab.inference.pair import Arguments, Pair
-from latentlab.inference.posterior import Posterior, Restarts
+from latentlab.inference.posterior import Posterior
+from latentlab.inference.restarts import Place, Restarts, distances
 from latentlab.inference.sandbox import manual_seed, stream
 from latentlab.inference.stages import Climb, FitDivergedError, State, evaluate
 from latentlab.inference.starts import Starts
+from latentlab.protocols import Exchangeable
 
 __all__ = ["FitDivergedError", "fit"]
 
@@ -214,6 +216,7 @@ def _climb(
     ours = isinstance(pair.guide, GaussianGuide)
     rate = 2 * settings.lr if ours else settings.lr
     elbos: list[Estimate] = []
+    places: list[Place] = []
     warm: list[tuple[float, Climb, State]] = []
     climb, origin, error = None, None, None
     try:
@@ -226,11 +229,13 @@ def _climb(
             climb.restore(origin)  # a guide of your own begins where you set it, each time
             try:
                 Starts(pair, settings.seed).place(start)
-                elbos.append(climb.warm_up(_WARM_UP, rate))
-                warm.append((elbos[-1].value, climb, climb.state()))
+                draws, elbo = climb.warm_up(_WARM_UP, rate)
+                warm.append((elbo.value, climb, climb.state()))
+                values = draws.values
             except FitDivergedError as diverged:
-                elbos.append(Estimate(-math.inf, 0.0))
-                error = diverged
+                elbo, values, error = Estimate(-math.inf, 0.0), {}, diverged
+            elbos.append(elbo)
+            places.append(Place.of({z.name: values[z.name] for z in pair.latents if values}))
         if error is not None and not warm:
             raise error
         climb = _best(warm)
@@ -241,7 +246,17 @@ def _climb(
             raise
         climb = _best(warm) if warm else climb
         climb.stop_reason = "interrupted"
-    return climb, Restarts(tuple(elbos))
+    return climb, _agreement(pair, elbos, places)
+
+
+def _agreement(pair: Pair, elbos: list[Estimate], places: list[Place]) -> Restarts:
+    """How far the starts agree; how far they are apart is known where a guide has a spread."""
+    if pair.is_point() or not all(place.mean for place in places):
+        return Restarts(tuple(elbos))
+    owner = getattr(pair.model, "__self__", pair.model)
+    axes = owner.exchangeable if isinstance(owner, Exchangeable) else {}
+    best = max(range(len(elbos)), key=lambda i: elbos[i].value)
+    return Restarts(tuple(elbos), distances(places, best, axes))
 
 
 def _best(warm: list[tuple[float, Climb, State]]) -> Climb:

@@ -40,7 +40,8 @@ from latentlab.inference.stages import chunks, particle_chunk
 from latentlab.protocols import Describes
 
 if TYPE_CHECKING:
-    from latentlab.inference.posterior import Posterior, Restarts
+    from latentlab.inference.posterior import Posterior
+    from latentlab.inference.restarts import Restarts
 
 __all__ = ["Block", "Evidence", "gather"]
 
@@ -281,7 +282,8 @@ def _kl_to_prior(posterior: Posterior, seed: int | None) -> dict[str, Estimate]:
             log_q = record.log_prob
     found = {}
     for latent in pair.latents:
-        if latent.name in pair.points or latent.name not in log_q:
+        free = math.prod(latent.free_shape)  # none in a simplex of one
+        if latent.name in pair.points or latent.name not in log_q or not free:
             continue
         prior = torch.cat([_total(p[latent.name], pair.nesting, size) for p, size in parts])
         own = _total(log_q[latent.name], pair.nesting, num)

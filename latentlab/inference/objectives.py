@@ -12,9 +12,9 @@ Letters: P particles.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.poutine as poutine
@@ -30,8 +30,16 @@ from latentlab.inference.pair import Arguments, Pair
 __all__ = ["draw", "log_joint", "log_weights", "particles", "site_log_probs", "verify_vectorised"]
 
 
+Site = Any  # a Pyro message: its type allows for values that sites do not have
+
+
 class Substitute(Messenger):
-    """Put given values at the latent sites; keep the values of all sites."""
+    """Put given values at the latent sites; keep the values of all sites.
+
+    Arguments:
+        values: site -> value; plates that draw their rows take them from here, too.
+        enumerated: discrete sites that are to have all their values at once.
+    """
 
     def __init__(self, values: Mapping[str, Tensor], enumerated: tuple[str, ...] = ()) -> None:
         super().__init__()
@@ -39,16 +47,19 @@ class Substitute(Messenger):
         self.values: dict[str, Tensor] = {}
         self.indices: dict[str, Tensor] = {}
 
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+    def _pyro_sample(self, msg: Site) -> None:
         name = msg["name"]
+        if self.enumerated:  # a dimension for each label; pyro.markov would use one for several
+            msg["infer"].pop("_markov_scope", None)
         if name in self.enumerated:
-            msg["infer"] = {**msg["infer"], "enumerate": "parallel"}
+            msg["infer"] |= {"enumerate": "parallel", "num_samples": None}
         elif name in self.given and not msg["is_observed"]:
             msg["value"], msg["done"] = self.given[name], True
 
-    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+    def _pyro_post_sample(self, msg: Site) -> None:
         if site_is_subsample(msg):
-            if msg["fn"].subsample_size != msg["fn"].size:
+            drawn = msg["fn"].subsample_size
+            if drawn is not None and drawn < msg["fn"].size:
                 self.indices[msg["name"]] = msg["value"]
         elif not msg["is_observed"]:
             self.values[msg["name"]] = msg["value"]
@@ -60,21 +71,38 @@ class Record(Substitute):
     def __init__(self, values: Mapping[str, Tensor], enumerated: tuple[str, ...] = ()) -> None:
         super().__init__(values, enumerated)
         self.log_prob: dict[str, Tensor] = {}
-        self.sites: dict[str, Any] = {}
+        self.factors: dict[str, _Factor] = {}
+        self.labels: dict[str, int] = {}
 
-    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+    def _pyro_post_sample(self, msg: Site) -> None:
         super()._pyro_post_sample(msg)
-        name = msg["name"]
         if site_is_subsample(msg):
             return
+        name, scale, mask = msg["name"], msg["scale"], msg["mask"]
         log_prob = msg["fn"].log_prob(msg["value"], *msg["args"], **msg["kwargs"])
         if not isinstance(log_prob, Tensor):  # pyro.deterministic scores a plain zero
             log_prob = torch.as_tensor(log_prob)
-        if self.enumerated:  # the scale belongs outside of a sum over labels
-            self.log_prob[name] = scale_and_mask(log_prob, 1.0, msg["mask"])
-            self.sites[name] = (msg["scale"], msg["cond_indep_stack"], msg["infer"])
-        else:
-            self.log_prob[name] = scale_and_mask(log_prob, msg["scale"], msg["mask"])
+        if not self.enumerated:
+            self.log_prob[name] = scale_and_mask(log_prob, scale, mask)
+            return
+        if name in self.enumerated:
+            # The mask is for what depends on a label: the label itself sums to one as it is.
+            self.labels[name], mask = msg["infer"]["_enumerate_dim"], None
+        plates = frozenset(f.dim for f in msg["cond_indep_stack"] if f.vectorized)
+        # The scale belongs outside of a sum over labels.
+        self.factors[name] = _Factor(scale_and_mask(log_prob, 1.0, mask), plates, scale)
+
+
+class _Factor(NamedTuple):
+    """Log-density of a site, or of several with their labels summed out."""
+
+    log_prob: Tensor
+    plates: frozenset[int]  # their dimensions
+    scale: float | Tensor
+
+    def depends_on(self, dim: int) -> bool:
+        """Whether it takes another value for each label of an enumerated dimension."""
+        return self.log_prob.dim() >= -dim and self.log_prob.shape[dim] > 1
 
 
 def particles(num_particles: int, pair: Pair) -> pyro.plate:
@@ -142,92 +170,137 @@ def site_log_probs(
     """Log-density of each site of the model, with its batch: (P or 1, ..., batch).
 
     A discrete latent that is summed out is summed out within its plate; its log-density and those
-    that depend on it stand together under the name of the last of them, an observed site.
+    of the sites that depend on it stand together under the name of the last of these. The others
+    are absent, or zero where they are observed.
+
+    Arguments:
+        pair: as for :func:`log_joint`.
+        draws: as for :func:`log_joint`.
+        data: as for :func:`log_joint`.
     """
-    data = data or pair.data
-    if pair.vectorised:
-        return _recorded(pair, pair.model, _given(draws), data)
-    parts = [
-        _recorded(pair, pair.model, _given(draws, p, pair), data) for p in range(len(draws))
-    ]
-    return {
-        name: torch.stack([_padded(part[name], pair.nesting) for part in parts])
-        for name in parts[0]
-    }
+    return _site_log_probs(pair, pair.model, draws, data or pair.data)
 
 
 def _score(pair: Pair, function: Callable, draws: Draws, data: Arguments) -> Tensor:
+    """Log-density (P,) of the model or the guide."""
     if pair.vectorised:
-        recorded = _recorded(pair, function, _given(draws), data)
-        return _per_particle(recorded, len(draws), pair.nesting)
-    singles = (
-        _recorded(pair, function, _given(draws, p, pair), data) for p in range(len(draws))
-    )
-    return torch.stack([_total(single) for single in singles])
+        log_prob = _log_prob(pair, _run(pair, function, {**draws.values, **draws.indices}, data))
+        return _per_particle(log_prob, len(draws), pair.nesting)
+    singles = _one_by_one(pair, function, draws, data)
+    return torch.stack([_total(_log_prob(pair, single)) for single in singles])
 
 
-def _given(draws: Draws, p: int | None = None, pair: Pair | None = None) -> dict[str, Tensor]:
-    """Values to put at the sites: of all particles, or of one without what only many need."""
-    if p is None or pair is None:
-        return {**draws.values, **draws.indices}
-    single = {
-        name: value[p].reshape(pair.shapes.get(name, value.shape[1:]))
-        for name, value in draws.values.items()
-    }
-    return {**single, **draws.indices}
-
-
-def _recorded(
-    pair: Pair, function: Callable, values: Mapping[str, Tensor], data: Arguments
+def _site_log_probs(
+    pair: Pair, function: Callable, draws: Draws, data: Arguments
 ) -> dict[str, Tensor]:
-    """Log-densities of the sites of a model or guide, discrete latents summed out."""
+    """Log-density of each site of the model or the guide, (P or 1, ..., batch)."""
+    if pair.vectorised:
+        log_prob = _log_prob(pair, _run(pair, function, {**draws.values, **draws.indices}, data))
+        return {name: _with_dims(value, 1 + pair.nesting) for name, value in log_prob.items()}
+    singles = [_log_prob(pair, r) for r in _one_by_one(pair, function, draws, data)]
+    return {
+        name: torch.stack([_with_dims(single[name], pair.nesting) for single in singles])
+        for name in singles[0]
+    }
+
+
+def _one_by_one(
+    pair: Pair, function: Callable, draws: Draws, data: Arguments
+) -> Iterator[Record]:
+    """A run for each particle, with its values in the shapes of one run."""
+    for p in range(len(draws)):
+        values = {
+            name: _with_dims(value[p], len(pair.shapes.get(name, value.shape[1:])))
+            for name, value in draws.values.items()
+        }
+        yield _run(pair, function, {**values, **draws.indices}, data)
+
+
+def _run(
+    pair: Pair, function: Callable, values: Mapping[str, Tensor], data: Arguments
+) -> Record:
+    """A run of the model or the guide with given values, discrete latents enumerated."""
     if function is not pair.model or not pair.summed_out:
         with Record(values) as record:
             data.call(function)
-        return record.log_prob
+        return record
     first_dim = -2 - pair.nesting
-    with Record(values, pair.summed_out) as record, poutine.enum(first_available_dim=first_dim):
+    with poutine.enum(first_available_dim=first_dim), Record(values, pair.summed_out) as record:
         data.call(function)
-    return _sum_out(record, pair)
+    return record
+
+
+def _log_prob(pair: Pair, record: Record) -> dict[str, Tensor]:
+    """Log-densities of the sites of a run, discrete latents summed out."""
+    return _sum_out(record, pair) if record.enumerated else record.log_prob
 
 
 def _sum_out(record: Record, pair: Pair) -> dict[str, Tensor]:
-    """Eliminate the enumerated dimensions one by one, those in the deepest plates first.
+    """Sum the labels out one by one, those in the deepest plates first, children before parents.
 
-    A factor that depends on a label is summed over the plates that the label does not live in,
-    then all factors of the label are added and summed out in log space. What is left stands under
-    the name of the last factor, where an observed site comes after what it depends on.
+    A factor that depends on a label is added up over the plates that the label does not live in,
+    then all factors of the label are added, and the label is summed out in log space. What is left
+    stands under the name of the last factor; an observed site that it stands for is zero.
     """
-    factors = {name: (log_prob, record.sites[name][0]) for name, log_prob in record.log_prob.items()}
-    plates = {
-        name: {f.dim for f in stack if f.vectorized} for name, (_, stack, _) in record.sites.items()
+    factors, labels = dict(record.factors), dict(record.labels)
+    plates = {label: factors[label].plates for label in labels}
+    stands_for: dict[str, str] = {}
+    for label in sorted(reversed(labels), key=lambda label: -len(plates[label])):
+        dim = labels.pop(label)
+        touched = [name for name, factor in factors.items() if factor.depends_on(dim)]
+        if not touched:  # a single value, of probability one
+            continue
+        parts = [factors.pop(name) for name in touched]
+        if not all(_equal(part.scale, parts[0].scale) for part in parts):
+            raise ValueError(
+                f"site {label!r} cannot be summed out: what depends on it is scaled differently "
+                "(by a mini-batch or poutine.scale); put the site into the same plate, or fit "
+                "the whole data"
+            )
+        for part in parts:
+            _tell_entangled(label, part, plates, labels)
+        first, *others = (_summed(part, part.plates - plates[label]) for part in parts)
+        summed = sum(others, first).logsumexp(dim, keepdim=True)
+        factors[touched[-1]] = _Factor(summed, plates[label], parts[0].scale)
+        stands_for |= dict.fromkeys(touched[:-1], touched[-1])
+    found = {
+        name: scale_and_mask(_with_dims(factor.log_prob, 1 + pair.nesting), factor.scale)
+        for name, factor in factors.items()
     }
-    dims = {name: record.sites[name][2]["_enumerate_dim"] for name in pair.summed_out}
-    for label in sorted(pair.summed_out, key=lambda name: -len(plates[name])):
-        dim = dims[label]
-        touched = [n for n, (f, _) in factors.items() if f.dim() >= -dim and f.shape[dim] > 1]
-        if any(factors[n][1] != factors[touched[0]][1] for n in touched):
-            raise ValueError(f"site {label}: its factors are scaled differently by their plates")
-        scale = factors[touched[0]][1]
-        total: Tensor | float = 0.0
-        for name in touched:
-            factor = factors.pop(name)[0]
-            for plate in sorted(plates[name] - plates[label]):
-                factor = factor.sum(plate, keepdim=True)
-            total = total + factor
-        total = torch.as_tensor(total).logsumexp(dim, keepdim=True)
-        factors[touched[-1]] = (total, scale)
-        plates[touched[-1]] = plates[label]
-    keep = 1 + pair.nesting
-    return {
-        name: scale_and_mask(f.reshape(f.shape[max(f.dim() - keep, 0) :]), scale)
-        for name, (f, scale) in factors.items()
-    }
+    for name in pair.observed:
+        last = name
+        while last not in found and last in stands_for:
+            last = stands_for[last]
+        if last != name:
+            found[name] = torch.zeros_like(found[last])
+    return found
 
 
-def _per_particle(
-    log_prob: Mapping[str, Tensor], num_particles: int, nesting: int
-) -> Tensor:
+def _summed(factor: _Factor, plates: frozenset[int]) -> Tensor:
+    """The log-density added up over some of its plates."""
+    return factor.log_prob.sum(sorted(plates), keepdim=True) if plates else factor.log_prob
+
+
+def _tell_entangled(
+    label: str, factor: _Factor, plates: Mapping[str, frozenset[int]], others: Mapping[str, int]
+) -> None:
+    """A sum over one plate cannot pass labels that live in another one."""
+    for other, dim in others.items():
+        if factor.depends_on(dim) and plates[other] & factor.plates - plates[label]:
+            raise ValueError(
+                f"sites {label!r} and {other!r} cannot be summed out together: they live in "
+                "different plates, and a site in both depends on the two; draw one of them in the "
+                "guide, or put them into one plate"
+            )
+
+
+def _equal(a: float | Tensor, b: float | Tensor) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return a is b or bool((torch.as_tensor(a) == torch.as_tensor(b)).all())
+    return a == b
+
+
+def _per_particle(log_prob: Mapping[str, Tensor], num_particles: int, nesting: int) -> Tensor:
     """Add the sites' log-densities, each summed over its batch but not over particles: (P,)."""
     total: Tensor | None = None
     for value in log_prob.values():
@@ -244,34 +317,86 @@ def _total(log_prob: Mapping[str, Tensor]) -> Tensor:
     return sum((value.sum() for value in log_prob.values()), torch.zeros(()))
 
 
-def _padded(value: Tensor, nesting: int) -> Tensor:
-    """A batch with all its dimensions, so that those of several draws line up."""
-    return value.reshape((1,) * (nesting - value.dim()) + tuple(value.shape))
+def _with_dims(value: Tensor, num_dims: int) -> Tensor:
+    """With so many dimensions, those of size one to the left of them added or left out."""
+    extra = value.dim() - num_dims
+    return value.reshape((1,) * -extra + tuple(value.shape[max(extra, 0) :]))
 
 
 def verify_vectorised(pair: Pair, num_particles: int = 3) -> str | None:
     """Whether P particles at once are P particles one by one; call it with the pair entered.
 
+    Compared are the log-densities of all elements of all sites, at draws of the guide and of the
+    prior, which are far apart also where the guide begins narrow.
+
     Arguments:
         pair: the pair; ``vectorised`` is set, in place.
-        num_particles: how many particles are compared.
+        num_particles: how many draws of each are compared.
 
     Returns:
         ``None`` where it holds, else the reason why the pair runs one particle at a time.
     """
-    pair.vectorised = True
-    try:
-        with torch.no_grad():
-            draws = draw(pair, num_particles)
-            if draws.log_q.shape != (num_particles,):
-                raise ValueError("the guide mixes its particles")
-            together = torch.stack([log_joint(pair, draws), log_q(pair, draws)])
+    with torch.no_grad():
+        pair.vectorised = True
+        try:
+            drawn = draw(pair, num_particles)
+            if drawn.log_q.shape != (num_particles,):
+                raise ValueError("its draws do not tell the particles apart")
+            draws = _with_prior(pair, drawn)
+            together = _all_values(pair, draws, drawn)
+        except Exception as error:
             pair.vectorised = False
-            one_by_one = torch.stack([log_joint(pair, draws), log_q(pair, draws)])
-    except (RuntimeError, ValueError, IndexError) as error:
+            what = (str(error).splitlines() or [""])[0]
+            return f"one particle at a time: with several, {type(error).__name__}: {what}"
         pair.vectorised = False
-        return f"one particle at a time: {str(error).splitlines()[0]}"
-    if not torch.allclose(together, one_by_one, rtol=1e-4, atol=1e-4, equal_nan=True):
-        return "one particle at a time: the model's density differs when particles share a batch"
+        one_by_one = _all_values(pair, draws, drawn)
+    for name, value in one_by_one.items():
+        if not _agree(together[name], value):
+            return f"one particle at a time: with several, {name} comes out different"
     pair.vectorised = True
     return None
+
+
+def _all_values(pair: Pair, draws: Draws, drawn: Draws) -> dict[str, Tensor]:
+    """Everything that a step computes, by a name for it."""
+    model = _site_log_probs(pair, pair.model, draws, pair.data)
+    found = {f"the model's site {name!r}": value for name, value in model.items()}
+    if isinstance(pair.guide, GaussianGuide):
+        return found
+    kept = {name: value for name, value in drawn.values.items() if name not in pair.points}
+    noise = replace(drawn, values=kept)
+    guide = _site_log_probs(pair, pair.guide, noise, pair.data)
+    found |= {f"the guide's site {name!r}": value for name, value in guide.items()}
+    points = drawn.values
+    if not pair.vectorised:
+        singles = [r.values for r in _one_by_one(pair, pair.guide, noise, pair.data)]
+        points = {name: torch.stack([single[name] for single in singles]) for name in pair.points}
+    return found | {
+        f"the guide's point {name!r}": points[name].reshape(len(drawn), -1) for name in pair.points
+    }
+
+
+def _with_prior(pair: Pair, drawn: Draws) -> Draws:
+    """Draws of the guide, then as many of the prior, of the model's latents."""
+    indices, priors = drawn.indices, []
+    for _ in range(len(drawn)):
+        with Substitute(indices) as record:
+            pair.data.call(pair.model)
+        indices = indices or record.indices
+        priors.append(record.values)
+    values = {}
+    for latent in pair.latents:
+        num_dims = pair.nesting + len(latent.event_shape)
+        prior = torch.stack([_with_dims(draw[latent.name], num_dims) for draw in priors])
+        values[latent.name] = torch.cat([drawn.values[latent.name], prior])
+    return Draws(values, torch.zeros(2 * len(drawn)), indices)
+
+
+def _agree(together: Tensor, one_by_one: Tensor) -> bool:
+    """Whether values are equal up to the order of sums, and of a shape that adds up equally."""
+    num = len(one_by_one)
+    if together.shape[1:] != one_by_one.shape[1:] or len(together) not in (1, num):
+        return False
+    tol = 1e-8 if one_by_one.dtype == torch.float64 else 1e-3
+    together = together.expand_as(one_by_one)
+    return torch.allclose(together, one_by_one, rtol=tol, atol=tol, equal_nan=True)

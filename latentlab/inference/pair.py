@@ -1,4 +1,4 @@
-"""A pair of its own: the model and guide copied together, run once, and known by its sites.
+"""A pair of its own: the model and guide of one fit, and what is known of their sites.
 
 Letters: P particles; *nesting* is the number of batch dimensions (plates) of the model, so that
 particles live at batch dimension ``-1 - nesting``.
@@ -6,30 +6,46 @@ particles live at batch dimension ``-1 - nesting``.
 
 from __future__ import annotations
 
-import copy
-import inspect
-import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import pyro.poutine as poutine
 import torch
 from pyro.distributions import Delta
-from pyro.infer.autoguide import AutoGuide
+from pyro.params.param_store import StateDict
+from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentlab.guides import GaussianGuide, Latent
+from latentlab.inference.copying import copy_pair, modules_of
 from latentlab.inference.sandbox import sandbox
 
-__all__ = ["Arguments", "Pair", "copy_pair", "latents_of", "modules_of", "prototype"]
+__all__ = [
+    "Arguments",
+    "Pair",
+    "copy_pair",
+    "latent_of",
+    "latents_of",
+    "modules_of",
+    "nesting_of",
+    "observed_of",
+    "plates_of",
+]
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Data as the pair is called with it: ``model(*args, **kwargs)``."""
+    """Data as the pair is called with it: ``model(*args, **kwargs)``.
+
+    Example:
+        >>> data = Arguments((torch.zeros(3),), {"size": 5})
+        >>> data.call(lambda x, size: (len(x), size))
+        (3, 5)
+        >>> data.map(lambda x: x[:2]).args
+        (tensor([0., 0.]),)
+    """
 
     args: tuple = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -40,17 +56,31 @@ class Arguments:
         return function(*self.args, **self.kwargs)
 
     def tensors(self) -> list[Tensor]:
-        """The tensors among the data, in order."""
-        return [v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor)]
+        """The tensors among the data, in order, those in lists and tuples included."""
+        return [*_tensors((*self.args, *self.kwargs.values()))]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Arguments:
         """The same data with every tensor replaced."""
 
         def change(value: Any) -> Any:  # noqa: ANN401
+            if isinstance(value, list | tuple):
+                return [*map(change, value)] if isinstance(value, list) else (*map(change, value),)
             return function(value) if isinstance(value, Tensor) else value
 
         kwargs = {key: change(value) for key, value in self.kwargs.items()}
         return replace(self, args=tuple(map(change, self.args)), kwargs=kwargs)
+
+
+def _tensors(values: list | tuple) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _empty_store() -> StateDict:
+    return {"params": {}, "constraints": {}}
 
 
 @dataclass
@@ -65,7 +95,7 @@ class Pair:
         store: state of Pyro's parameter store.
         latents: the continuous sites a guide covers.
         summed_out: discrete sites that are enumerated and summed out.
-        observed: observed sites.
+        observed: observed sites, those of ``pyro.factor`` aside: they cannot be drawn.
         shapes: shape of one value of every site of the model and the guide.
         plates: name, size and dimension of the plates of every such site.
         points: sites of the guide that are point masses, functions of its other sites.
@@ -78,7 +108,7 @@ class Pair:
     guide: Callable
     data: Arguments
     dtype: torch.dtype
-    store: dict[str, Any] = field(default_factory=lambda: {"params": {}, "constraints": {}})
+    store: StateDict = field(default_factory=_empty_store)
     latents: tuple[Latent, ...] = ()
     summed_out: tuple[str, ...] = ()
     observed: tuple[str, ...] = ()
@@ -116,8 +146,8 @@ class Pair:
     def parameters(self) -> dict[str, Tensor]:
         """Unconstrained leaf tensors to optimise, by name.
 
-        Those of the parameter store (``pyro.param``, ``PyroModule``, ``pyro.module``), and those of
-        a guide of ours, which does without the store.
+        Those of the parameter store (``pyro.param``, ``PyroModule``, ``pyro.module``), and those
+        of a guide of ours, which does without the store.
         """
         found = dict(self.store["params"])
         if isinstance(self.guide, GaussianGuide):
@@ -125,28 +155,30 @@ class Pair:
         return found
 
 
-def prototype(function: Callable, data: Arguments) -> poutine.Trace:
-    """One run of a model or guide, log-densities computed; call it inside :func:`sandbox`."""
-    trace = poutine.trace(function).get_trace(*data.args, **data.kwargs)
-    try:
-        trace.compute_log_prob()
-    except NotImplementedError:  # a guide's distribution without a density is found by the check
-        pass
-    return trace
-
-
-def latents_of(trace: poutine.Trace) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def latents_of(trace: Trace) -> dict[str, Any]:
     """The sites of a trace that are drawn: neither observed nor the indices of a mini-batch."""
-    for name, site in trace.nodes.items():
-        if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site):
-            yield name, site
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
+    }
 
 
-def latent_from_site(name: str, site: Mapping[str, Any]) -> Latent:
+def observed_of(trace: Trace) -> dict[str, Any]:
+    """The observed sites of a trace, ``pyro.factor`` included, ``pyro.deterministic`` not."""
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample"
+        and site["is_observed"]
+        and not (site["infer"] or {}).get("_deterministic")
+    }
+
+
+def latent_of(name: str, site: Mapping[str, Any]) -> Latent:
     """What a guide has to know of a site."""
-    event_dim = site["fn"].event_dim
     shape = tuple(site["value"].shape)
-    split = len(shape) - event_dim
+    split = len(shape) - site["fn"].event_dim
     return Latent(name, shape[:split], shape[split:], site["fn"].support, plates_of(site))
 
 
@@ -155,107 +187,12 @@ def plates_of(site: Mapping[str, Any]) -> tuple[tuple[str, int, int], ...]:
     return tuple((f.name, f.size, f.dim) for f in site["cond_indep_stack"] if f.vectorized)
 
 
-def nesting_of(*traces: poutine.Trace) -> int:
-    """The number of batch dimensions that plates and log-densities use."""
+def nesting_of(*traces: Trace) -> int:
+    """The number of batch dimensions that plates and log-densities of scored traces use."""
     dims = [0]
     for trace in traces:
-        for site in trace.nodes.values():
-            if site["type"] != "sample" or site_is_subsample(site):
-                continue
-            dims += [-f.dim for f in site["cond_indep_stack"] if f.vectorized]
+        for site in (latents_of(trace) | observed_of(trace)).values():
+            dims += [-dim for _, _, dim in plates_of(site)]
             if not isinstance(site["fn"], Delta):
-                dims.append(len(site["fn"].batch_shape))
+                dims.append(site["log_prob"].dim())
     return max(dims)
-
-
-def modules_of(function: Callable) -> Iterator[nn.Module]:
-    """The modules a callable is, belongs to, or refers to by name."""
-    owner = getattr(function, "__self__", function)
-    if isinstance(owner, nn.Module):
-        yield owner
-    elif inspect.isfunction(function):
-        variables = inspect.getclosurevars(function)
-        for value in (*variables.nonlocals.values(), *variables.globals.values()):
-            if isinstance(value, nn.Module):
-                yield value
-
-
-def copy_pair(model: Callable, guide: Callable) -> tuple[Callable, Callable]:
-    """Copies of both, sharing what the originals share; the originals stay as they are.
-
-    Modules that a plain function refers to are copied with it, so that a later fit of the same
-    module does not change an earlier posterior.
-
-    Arguments:
-        model: a function, a module, or a bound method.
-        guide: likewise.
-
-    Returns:
-        The copies.
-    """
-    memo: dict[int, Any] = {}
-    autoguides = [m for f in (model, guide) for top in modules_of(f) for m in top.modules()]
-    autoguides = [m for m in autoguides if isinstance(m, AutoGuide)]
-    # Copying an AutoGuide takes its model away, from the original too: give it back to both.
-    kept = [(m, m._model, m.master) for m in autoguides]
-    try:
-        copies = _copy(model, memo), _copy(guide, memo)
-    finally:
-        for original, its_model, master in kept:
-            original._model, original.master = its_model, master
-    for original, its_model, master in kept:
-        if id(original) in memo:
-            memo[id(original)]._model = its_model and (_copy(its_model[0], memo),)
-            if master is not None and id(master()) in memo:
-                memo[id(original)]._update_master(_weak(memo[id(master())]))
-    return copies
-
-
-def _weak(module: nn.Module) -> Callable:
-    import weakref
-
-    return weakref.ref(module)
-
-
-def _copy(function: Any, memo: dict[int, Any]) -> Any:  # noqa: ANN401
-    """``deepcopy`` that also copies the modules a plain function refers to."""
-    if id(function) in memo:
-        return memo[id(function)]
-    if not inspect.isfunction(function):
-        return copy.deepcopy(function, memo)
-    swaps: dict[int, Any] = {}
-    cells = function.__closure__ or ()
-    names = inspect.getclosurevars(function).globals
-    memo[id(function)] = function  # a function that refers to itself
-    for value in [*(c.cell_contents for c in cells if _filled(c)), *names.values()]:
-        if isinstance(value, nn.Module) or inspect.isfunction(value) or _of_module(value):
-            new = _copy(value, memo)
-            if new is not value:
-                swaps[id(value)] = new
-    if not swaps:
-        return function
-    closure = tuple(
-        types.CellType(swaps.get(id(c.cell_contents), c.cell_contents)) if _filled(c) else c
-        for c in cells
-    )
-    scope = function.__globals__
-    if any(id(value) in swaps for value in names.values()):
-        scope = scope | {k: swaps[id(v)] for k, v in names.items() if id(v) in swaps}
-    new = types.FunctionType(
-        function.__code__, scope, function.__name__, function.__defaults__, closure or None
-    )
-    new.__kwdefaults__, new.__dict__ = function.__kwdefaults__, dict(function.__dict__)
-    memo[id(function)] = new
-    return new
-
-
-def _of_module(value: Any) -> bool:  # noqa: ANN401
-    return inspect.ismethod(value) and isinstance(value.__self__, nn.Module)
-
-
-def _filled(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True

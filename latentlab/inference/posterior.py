@@ -7,24 +7,25 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyro
 import pyro.poutine as poutine
 import torch
-from pyro.infer import infer_discrete
 from torch import Tensor
 
 from latentlab.data.checks import as_count, as_seed
-from latentlab.diagnostics import Alignment, Estimate, align
-from latentlab.guides import Draws
-from latentlab.inference import objectives
-from latentlab.inference.arguments import as_arguments
-from latentlab.inference.pair import Arguments, Pair
+from latentlab.diagnostics import Alignment, Estimate, align, log_mean_exp
+from latentlab.guides import Draws, GaussianGuide
+from latentlab.inference import objectives, predictive
+from latentlab.inference.pair import Arguments, Pair, copy_pair
+from latentlab.inference.restarts import Restarts
 from latentlab.inference.sandbox import stream
-from latentlab.inference.stages import chunks, particle_chunk
+from latentlab.inference.stages import particle_chunk
 from latentlab.protocols import DrawsFit, Exchangeable, NamesDims
 
 if TYPE_CHECKING:
@@ -33,40 +34,10 @@ if TYPE_CHECKING:
 
     from latentlab.inference.verdict import Verdict
 
-__all__ = ["Posterior", "Restarts"]
+__all__ = ["Posterior"]
 
 
-@dataclass(frozen=True)
-class Restarts:
-    """How far the starts of a fit agree.
-
-    Arguments:
-        elbos: the ELBO that each start reached after its warm-up, in nats.
-    """
-
-    elbos: tuple[Estimate, ...]
-
-    def _behind(self) -> list[float]:
-        best = max(e.value for e in self.elbos)
-        return sorted(best - e.value for e in self.elbos)
-
-    @property
-    def num_agreeing(self) -> int:
-        """Starts within one nat, or three standard errors, of the best."""
-        best = max(self.elbos, key=lambda e: e.value)
-        return sum(
-            best.value - e.value <= 1.0 + 3 * (best.se**2 + e.se**2) ** 0.5 for e in self.elbos
-        )
-
-    def __str__(self) -> str:
-        if len(self.elbos) < 2:
-            return "one start: agreement of starts is not known"
-        head = f"best optimum in {self.num_agreeing} of {len(self.elbos)} starts"
-        others = self._behind()[self.num_agreeing :]
-        return head + (f", runner-up {others[0]:.1f} nats worse" if others else "")
-
-
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Posterior:
     """What a fit returns: its own copy of the pair, how the fit went, and what to do next.
 
@@ -111,6 +82,11 @@ class Posterior:
         state = "converged" if self.converged else "not converged"
         return f"Posterior({sites}; ELBO {self.elbo} nats; {state}; {len(self.losses)} steps)"
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Copying or pickling a guide of Pyro takes its model away from it: hand out a copy.
+        model, guide = copy_pair(self.model, self.guide)
+        return {**self.__dict__, "pair": replace(self.pair, model=model, guide=guide)}
+
     @property
     def model(self) -> Callable:
         """The fit's own copy of the model."""
@@ -128,11 +104,21 @@ class Posterior:
 
     @property
     def params(self) -> dict[str, Tensor]:
-        """Optimised parameters by name, as the optimiser sees them (unconstrained), detached."""
-        return {k: v.detach().clone() for k, v in self.pair.parameters().items()}
+        """Optimised parameters by name, as the pair sees them: a scale is positive.
+
+        Those of a guide of latentlab count from its frame; :meth:`summary` says what they mean.
+        """
+        with self.pair.entered(seed=0):
+            found = dict(pyro.get_param_store().items())
+        if isinstance(self.guide, GaussianGuide):
+            found |= {f"guide.{name}": value for name, value in self.guide.named_parameters()}
+        return {name: value.detach().clone() for name, value in found.items()}
 
     def sample(self, num_samples: int = 1000, seed: int | None = None) -> dict[str, Tensor]:
         """Draws of all latents, discrete ones included.
+
+        Discrete latents that the guide does not cover are drawn from their exact conditional
+        distribution, given the continuous ones and the data.
 
         Arguments:
             num_samples: number of draws S.
@@ -141,16 +127,7 @@ class Posterior:
         Returns:
             Site -> tensor (S, ...).
         """
-        num_samples = as_count(num_samples, "num_samples")
-        with torch.no_grad(), self._entered("sample", seed):
-            values = objectives.draw(self.pair, num_samples).values
-            draws = {
-                z.name: values[z.name].reshape(num_samples, *z.shape) for z in self.pair.latents
-            }
-            if self.pair.summed_out:
-                self._need_data("discrete latents")
-                draws |= self._sample_discrete(values, num_samples)
-        return draws
+        return self._sample(num_samples, seed, discrete=True)
 
     def log_weights(self, num_samples: int = 1000, seed: int | None = None) -> Tensor:
         """Log importance weights log p(x, z) - log q(z) in nats, shape (S,).
@@ -163,37 +140,47 @@ class Posterior:
         """
         return self._weighted(num_samples, seed)[1]
 
-    def predict(self, num_samples: int = 1000, *data: Any, seed: int | None = None) -> Any:  # noqa: ANN401
+    def predict(
+        self,
+        num_samples: int = 1000,
+        *data: Any,  # noqa: ANN401
+        seed: int | None = None,
+    ) -> dict[str, Tensor]:
         """New draws of the observed sites from the posterior predictive; never the data.
+
+        Without data these are replicates of the rows that were fitted, given all latents. Other
+        data are new rows: latents that are local to the rows are drawn anew from the model.
 
         Arguments:
             num_samples: number of draws S.
             data: what the model is called with (its shape and covariates count, its observed
-                values do not); by default the fit's own data.
+                values do not), as ``fit`` was given it; ``{"size": 5}`` for five new rows of a
+                ``model(x=None, size=None)``. By default the fit's own data.
             seed: by default the fit's.
 
         Returns:
             Site -> tensor (S, ...).
         """
-        arguments = self._arguments(data)
         num_samples = as_count(num_samples, "num_samples")
+        arguments = self._arguments(data, "predict")
+        if not self.pair.observed:
+            raise ValueError("predict: the model observes nothing; draw its latents with sample()")
         with torch.no_grad(), self._entered("predict", seed):
-            draws = self._known(objectives.draw(self.pair, num_samples), arguments)
-            chunk = particle_chunk(self.pair, num_samples) if self.pair.vectorised else 1
-            parts = [
-                self._forward(draws[start : start + chunk], arguments)
-                for start in range(0, num_samples, chunk)
-            ]
-        return {name: torch.cat([part[name] for part in parts]) for name in self.pair.observed}
+            pair, draws = self._given(num_samples, arguments, self._is_own(arguments))
+            return predictive.replicate(pair, draws)
 
     def log_prob(
-        self, *data: Any, num_samples: int = 1000, seed: int | None = None  # noqa: ANN401
+        self,
+        *data: Any,  # noqa: ANN401
+        num_samples: int = 1000,
+        seed: int | None = None,
     ) -> Estimate:
         r"""Log predictive density of held-out data with its Monte Carlo error.
 
         .. math:: \sum_n \log \frac{1}{S} \sum_s p(x_n \mid z_s), \quad z_s \sim q
 
-        Latents that are local to the rows are drawn anew from the model for each row.
+        A datum n is an element of the plate that the observed sites share; without one, all data
+        are one datum. Latents that are local to the data are drawn anew from the model.
 
         Arguments:
             data: held-out data, in the form that ``fit`` was given.
@@ -201,24 +188,19 @@ class Posterior:
             seed: by default the fit's.
 
         Returns:
-            Nats for all rows together, and the standard error over draws.
+            Nats for all data together, and the standard error over draws.
         """
-        arguments = self._arguments(data)
         num_samples = as_count(num_samples, "num_samples", minimum=2)
+        arguments = self._arguments(data, "log_prob")
         with torch.no_grad(), self._entered("log_prob", seed):
-            draws = objectives.draw(self.pair, num_samples)
-            kept = {k: v for k, v in draws.values.items() if not self.pair.is_local(k)}
-            parts = [
-                self._log_likelihood(part, arguments)
-                for part in chunks(self.pair, replace(draws, values=kept))
-            ]
-        return _log_mean_density(torch.cat(parts))
+            pair, draws = self._given(num_samples, arguments, own=False)
+            return log_mean_exp(predictive.log_density(pair, draws))
 
     def summary(self, num_samples: int = 4000, seed: int | None = None) -> pd.DataFrame:
-        """Mean, sd and quantiles of every latent number, in the units of the data.
+        """Mean, sd and quantiles of every continuous latent, in the units of the data.
 
         Components that may swap labels are aligned first. ``mcse`` is the Monte Carlo standard
-        error of the mean.
+        error of the mean. Discrete latents have no such figures: count their draws in ``sample``.
 
         Arguments:
             num_samples: number of draws S behind the figures.
@@ -229,6 +211,8 @@ class Posterior:
         """
         import pandas as pd
 
+        num_samples = as_count(num_samples, "num_samples", minimum=2)
+        columns = ["site", "index", "mean", "sd", "q05", "q50", "q95", "mcse"]
         rows = []
         for site, draws in self._aligned(num_samples, seed).draws.items():
             flat = draws.reshape(len(draws), -1).double()
@@ -237,7 +221,7 @@ class Posterior:
             for i, label in enumerate(self._labels(site, tuple(draws.shape[1:]))):
                 row = [flat[:, i].mean(), sd[i], *quantiles[:, i], sd[i] / len(flat) ** 0.5]
                 rows.append([site, label, *map(float, row)])
-        return pd.DataFrame(rows, columns=["site", "index", "mean", "sd", "q05", "q50", "q95", "mcse"])
+        return pd.DataFrame(rows, columns=columns)
 
     def check(self, num_samples: int | None = None, seed: int | None = None) -> Verdict:
         """The verdict: whether to use this posterior, why, and what to try next.
@@ -249,14 +233,22 @@ class Posterior:
         Returns:
             A :class:`Verdict`; a posterior loaded without its data returns the stored one.
         """
+        from latentlab.inference.checkpoint import digest_of
         from latentlab.inference.verdict import Verdict, judge
 
         if not self.has_data and self.recorded is not None:
             return Verdict.from_spec(self.recorded)
-        return judge(self, num_samples, seed)
+        self._need_data("check")
+        # A report, a file and a reader ask for the same verdict; other numbers get another one.
+        key = (num_samples, seed, id(self.model), id(self.guide), digest_of(self.pair))
+        if key not in self._verdicts:
+            self._verdicts[key] = judge(self, num_samples, seed)
+        return self._verdicts[key]
 
     def to_arviz(self, num_samples: int = 1000, seed: int | None = None) -> arviz.InferenceData:
         """An ArviZ object with posterior, predictive and observed groups, columns named.
+
+        A posterior loaded without its data has the group of its continuous latents only.
 
         Arguments:
             num_samples: number of draws S.
@@ -313,11 +305,10 @@ class Posterior:
 
     def _observed(self) -> dict[str, Tensor]:
         """Values of the observed sites in the data."""
+        data = self.pair.data
         with torch.no_grad(), self._entered("observed", None):
-            trace = poutine.trace(self.pair.model).get_trace(
-                *self.pair.data.args, **self.pair.data.kwargs
-            )
-        return {name: trace.nodes[name]["value"] for name in self.pair.observed}
+            nodes = poutine.trace(self.model).get_trace(*data.args, **data.kwargs).nodes
+        return {name: torch.as_tensor(nodes[name]["value"]) for name in self.pair.observed}
 
     def _weighted(
         self, num_samples: int, seed: int | None, keep: bool = False
@@ -326,15 +317,15 @@ class Posterior:
         self._need_data("log_weights")
         num_samples = as_count(num_samples, "num_samples")
         chunk = particle_chunk(self.pair, num_samples)
-        values: dict[str, list[Tensor]] = {z.name: [] for z in self.pair.latents if keep}
+        shapes = {z.name: z.shape for z in self.pair.latents if keep}
+        values: dict[str, list[Tensor]] = {name: [] for name in shapes}
         weights = []
         with torch.no_grad(), self._entered("log_weights", seed):
             for start in range(0, num_samples, chunk):
                 draws = objectives.draw(self.pair, min(chunk, num_samples - start))
                 weights.append(objectives.log_joint(self.pair, draws) - draws.log_q)
-                for name, kept in values.items():
-                    kept.append(draws.values[name])
-        shapes = {z.name: z.shape for z in self.pair.latents}
+                for name, parts in values.items():
+                    parts.append(draws.values[name])
         kept = {k: torch.cat(v).reshape(num_samples, *shapes[k]) for k, v in values.items()}
         return kept, torch.cat(weights)
 
@@ -345,90 +336,52 @@ class Posterior:
                 "give it back with latentlab.load(path, data=...)"
             )
 
-    def _entered(self, purpose: str, seed: int | None) -> Any:  # noqa: ANN401
+    def _entered(self, purpose: str, seed: int | None) -> AbstractContextManager[None]:
         chosen = self.seed if seed is None else as_seed(seed)
         return self.pair.entered(stream(chosen, purpose))
 
-    def _arguments(self, data: tuple) -> Arguments:
+    def _sample(self, num_samples: int, seed: int | None, discrete: bool) -> dict[str, Tensor]:
+        """Draws of the continuous latents, and of the discrete ones if asked for."""
+        num_samples = as_count(num_samples, "num_samples")
+        names = [z.name for z in self.pair.latents]
+        with torch.no_grad(), self._entered("sample", seed):
+            draws = objectives.draw(self.pair, num_samples)
+            values = dict(draws.values)
+            if discrete and self.pair.summed_out:
+                self._need_data("discrete latents")
+                values |= predictive.draw_labels(self.pair, draws)
+                names += self.pair.summed_out
+        shapes = self.pair.shapes
+        return {name: values[name].reshape(num_samples, *shapes[name]).clone() for name in names}
+
+    def _arguments(self, data: tuple, what: str) -> Arguments:
         if not data:
-            self._need_data("data")
+            self._need_data(what)
             return self.pair.data
-        value = data[0] if len(data) == 1 else data
-        arguments = as_arguments(value, self.pair.model)
-        names = self.pair.data.names
-        if names and len(data) == 1 and not isinstance(value, Mapping):
-            from latentlab.data.checks import match_columns
+        return predictive.as_fitted(data[0] if len(data) == 1 else data, self.pair)
 
-            table = match_columns(value, names)
-            arguments = as_arguments(table, self.pair.model)
-        return arguments.map(lambda t: t.to(self.pair.dtype) if t.is_floating_point() else t)
+    def _is_own(self, arguments: Arguments) -> bool:
+        """Whether these are the data that were fitted."""
+        from latentlab.inference.checkpoint import fingerprint
 
-    def _known(self, draws: Draws, arguments: Arguments) -> Draws:
-        """Draws of the latents that fit the shape of new data; others are drawn by the model."""
-        if arguments is self.pair.data:
-            return draws
-        with objectives.Substitute({}) as record, poutine.uncondition():
-            arguments.call(self.pair.model)
-        fitting = {
-            name: value
-            for name, value in draws.values.items()
-            if name in record.values and tuple(record.values[name].shape) == self.pair.shapes[name]
-        }
-        return replace(draws, values=fitting)
+        return arguments is self.pair.data or fingerprint(arguments) == self.fitted_to
 
-    def _forward(self, draws: Draws, arguments: Arguments) -> dict[str, Tensor]:
-        """Observed sites drawn anew, given draws of the latents."""
-        pair, values, num_samples = self.pair, draws.values, len(draws)
-        if not pair.vectorised:
-            single = {k: v[0].reshape(pair.shapes[k]) for k, v in values.items()}
-            with objectives.Substitute(single) as record, poutine.uncondition():
-                arguments.call(pair.model)
-            return {name: record.values[name][None] for name in pair.observed}
-        with objectives.particles(num_samples, pair), objectives.Substitute(values) as record:
-            with poutine.uncondition():
-                arguments.call(pair.model)
-        drawn = {}
-        for name in pair.observed:
-            value = record.values[name]
-            lead = value.dim() - len(pair.shapes[name])
-            value = value.reshape(num_samples, *value.shape[lead:]) if lead > 0 else value
-            drawn[name] = value
-        return drawn
+    def _given(self, num_samples: int, arguments: Arguments, own: bool) -> tuple[Pair, Draws]:
+        """The pair at some data, and draws of the latents that these share with the fit."""
+        pair, draws = self.pair, objectives.draw(self.pair, num_samples)
+        anew = () if own else tuple(z for z in pair.summed_out if predictive.is_local(pair, z))
+        if len(anew) < len(pair.summed_out):
+            if not own:
+                self._need_data("discrete latents")
+            fitted = replace(pair, data=arguments) if own else pair
+            labels = predictive.draw_labels(fitted, draws)
+            draws = replace(draws, values=draws.values | labels)
+        pair = replace(pair, data=arguments, summed_out=anew)
+        return pair, draws if own else predictive.shared(pair, draws)
 
-    def _log_likelihood(self, draws: Draws, arguments: Arguments) -> Tensor:
-        """Log-density of the observed sites, (S, N), or (S, 1) where they have no rows."""
-        if self.pair.vectorised:  # latents drawn anew need a draw for every particle
-            with objectives.particles(len(draws), self.pair):
-                found = objectives.site_log_probs(self.pair, draws, arguments)
-        else:
-            found = objectives.site_log_probs(self.pair, draws, arguments)
-        num_samples, nesting, parts = len(draws), self.pair.nesting, []
-        for name in self.pair.observed:
-            value = found[name]
-            if value.dim() <= nesting:
-                value = value.expand(num_samples, *(1,) * (nesting - value.dim()), *value.shape)
-            parts.append(value.expand(num_samples, *value.shape[1:]).flatten(1))
-        if len({part.shape[1] for part in parts}) == 1:
-            return torch.stack(parts).sum(0)
-        return torch.cat([part.sum(1, keepdim=True) for part in parts], 1).sum(1, keepdim=True)
-
-    def _sample_discrete(self, values: dict[str, Tensor], num_samples: int) -> dict[str, Tensor]:
-        """Labels from their exact conditional distribution, given the continuous latents."""
-        pair = self.pair
-
-        def labelled() -> None:
-            with objectives.Substitute(values, pair.summed_out):
-                pair.data.call(pair.model)
-
-        sampled = infer_discrete(labelled, first_available_dim=-2 - pair.nesting, temperature=1)
-        with objectives.particles(num_samples, pair):
-            trace = poutine.trace(sampled).get_trace()
-        return {
-            name: trace.nodes[name]["value"].expand(
-                num_samples, *trace.nodes[name]["value"].shape[1:]
-            ).reshape(num_samples, *pair.shapes[name])
-            for name in pair.summed_out
-        }
+    @cached_property
+    def _verdicts(self) -> dict[tuple, Verdict]:
+        return {}
 
     @cached_property
     def _axes(self) -> Mapping[str, int]:
@@ -436,10 +389,14 @@ class Posterior:
         owner = getattr(self.pair.model, "__self__", self.pair.model)
         return owner.exchangeable if isinstance(owner, Exchangeable) else {}
 
-    def _aligned(self, num_samples: int, seed: int | None = None) -> Alignment:
-        draws = self.sample(num_samples, seed)
+    def _aligned(
+        self, num_samples: int, seed: int | None = None, discrete: bool = False
+    ) -> Alignment:
+        """Draws with component j the same in each of them."""
+        draws = self._sample(num_samples, seed, discrete)
         if not self._axes:
-            return Alignment(draws, torch.zeros(num_samples, 0, dtype=torch.long), Estimate(0.0, 0.0))
+            same = torch.zeros(num_samples, 0, dtype=torch.long)
+            return Alignment(draws, same, Estimate(0.0, 0.0))
         aligned = align({k: draws[k] for k in self._axes}, self._axes)
         return Alignment(draws | dict(aligned.draws), aligned.permutations, aligned.switched)
 
@@ -451,10 +408,14 @@ class Posterior:
 
     def _coords(self, site: str, shape: tuple[int, ...]) -> list[list[str]]:
         """Labels along each axis of a site; a feature has the name of its column."""
-        coords = []
-        for dim, size in zip(self._dims(site, len(shape)), shape, strict=True):
-            named = dim == "feature" and self.names is not None and len(self.names) == size
-            coords.append(list(self.names) if named else [str(i) for i in range(size)])
+        names, coords = self.names or (), []
+        # A site that is the table itself has its columns; of other sites the model has to say.
+        is_table = names and site in self.pair.observed
+        is_table = is_table and shape == tuple(self.pair.data.args[0].shape)
+        for axis, size in enumerate(shape):
+            is_feature = self._dims(site, len(shape))[axis] == "feature" or is_table and axis == 1
+            named = is_feature and len(names) == size
+            coords.append(list(names) if named else list(map(str, range(size))))
         return coords
 
     def _labels(self, site: str, shape: tuple[int, ...]) -> list[str]:
@@ -468,10 +429,3 @@ class Posterior:
         names = self.names or tuple(f"x{i}" for i in range(x.shape[-1]))
         return owner.plot_fit(x, self._aligned(500).draws, names)
 
-
-def _log_mean_density(log_prob: Tensor) -> Estimate:
-    """Sum over rows of the log of the mean over draws (S, N), error by the delta method."""
-    num_samples = len(log_prob)
-    total = log_prob.double().logsumexp(0) - torch.tensor(num_samples).double().log()
-    share = (log_prob.double() - total).exp().sum(1)  # (S,), mean N
-    return Estimate(float(total.sum()), float(share.std() / num_samples**0.5))

@@ -10,38 +10,76 @@ import hashlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pyro
 import torch
+from pyro.params.param_store import StateDict
 
-__all__ = ["manual_seed", "sandbox", "stream"]
+__all__ = ["LOCK", "manual_seed", "sandbox", "stream"]
 
-_LOCK = threading.RLock()
+LOCK = threading.RLock()
+"""Held by whoever runs Pyro: its state belongs to the process, not to a thread."""
+
+_VALIDATION = (
+    "validate_distributions_pyro",
+    "validate_distributions_torch",
+    "validate_infer",
+    "validate_poutine",
+)
 
 
 @contextmanager
 def sandbox(
-    store: dict[str, Any], *, seed: int, dtype: torch.dtype, validate: bool = False
+    store: StateDict, *, seed: int, dtype: torch.dtype, validate: bool = False
 ) -> Iterator[None]:
     """Enter a parameter store, a seed and a dtype; leave everything as it was found.
 
     Arguments:
-        store: state of Pyro's parameter store, updated on leaving.
+        store: state of Pyro's parameter store, updated on leaving, in place.
         seed: of torch's CPU generator.
         dtype: torch's default dtype inside.
         validate: whether distributions check their arguments inside.
+
+    Example:
+        >>> store = {"params": {}, "constraints": {}}
+        >>> with sandbox(store, seed=0, dtype=torch.float64):
+        ...     loc = pyro.param("loc", torch.zeros(()))
+        >>> list(store["params"]), list(pyro.get_param_store())
+        (['loc'], [])
     """
-    with _LOCK:
+    with LOCK:
         default_dtype, rng_state = torch.get_default_dtype(), torch.get_rng_state()
         try:
             torch.set_default_dtype(dtype)
-            torch.default_generator.manual_seed(seed)
-            with pyro.validation_enabled(validate), pyro.get_param_store().scope(store):
+            manual_seed(seed)
+            flags = dict.fromkeys(_VALIDATION, validate)
+            with pyro.settings.context(**flags), _parameters(store):
                 yield
         finally:
             torch.set_default_dtype(default_dtype)
             torch.set_rng_state(rng_state)
+
+
+@contextmanager
+def _parameters(store: StateDict) -> Iterator[None]:
+    """Put a store in the place of Pyro's; what is in it on leaving is kept, errors or not."""
+    pyro_store = pyro.get_param_store()
+    # Setting Pyro's store aside takes from its tensors the way back to their unconstrained values.
+    ways_back = [
+        (parameter, vars(parameter)["unconstrained"])
+        for _, parameter in pyro_store.named_parameters()
+        if "unconstrained" in vars(parameter)
+    ]
+    try:
+        with pyro_store.scope():
+            pyro_store.set_state(store)
+            try:
+                yield
+            finally:
+                store.update(pyro_store.get_state())
+    finally:
+        for parameter, way_back in ways_back:
+            vars(parameter)["unconstrained"] = way_back
 
 
 def stream(seed: int, *labels: object) -> int:

@@ -100,7 +100,7 @@ class Climb:
         """Steps taken so far."""
         return len(self.losses)
 
-    def warm_up(self, num_steps: int, rate: float) -> Estimate:
+    def warm_up(self, num_steps: int, rate: float) -> tuple[Draws, Estimate]:
         """Travel from a start to near an optimum, the rate falling from ``rate`` fifty-fold.
 
         Arguments:
@@ -108,11 +108,11 @@ class Climb:
             rate: first rate, in units of the guide's frame.
 
         Returns:
-            The ELBO reached.
+            Draws of the guide then, and the ELBO reached.
         """
         num_steps = min(num_steps, self.max_steps - self.num_steps)
         self._stage(num_steps, rate, falling=True)
-        return self._record()[1]
+        return self._record()
 
     def until_converged(self) -> None:
         """Stages at falling rates until two agree or the steps run out."""
@@ -201,7 +201,7 @@ class Climb:
         optimiser.zero_grad(set_to_none=True)
         draws = objectives.draw(self.pair, self.num_particles, data)
         loss = (draws.log_q - objectives.log_joint(self.pair, draws, data)).mean()
-        value = loss.item()
+        value = loss.detach().item()
         if math.isfinite(value):
             loss.backward()
             optimiser.step()

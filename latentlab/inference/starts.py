@@ -100,10 +100,11 @@ class Starts:
         before = {k: v.clone() for k, v in guide.state_dict().items()}
         plain = self._elbo(seed)
         mode = _mode(self.pair, guide, center, unit)
+        guide.start(mode, 0.1 * unit)
         if guide.num_latents <= _CURVED:
-            guide.lay(mode, _precision(self.pair, guide, mode, unit))
-        else:
-            guide.start(mode, 0.1 * unit)
+            precision = _precision(self.pair, guide, mode, unit)
+            if precision.isfinite().all():  # in some units it overflows
+                guide.lay(mode, precision)
         if not self._elbo(seed) > plain:  # a NaN is no gain
             guide.load_state_dict(before)
 
@@ -157,6 +158,8 @@ def _precision(pair: Pair, guide: GaussianGuide, mode: Tensor, unit: Tensor) -> 
         return -_log_density(pair, guide, (mode + unit * v)[None])[0]
 
     curvature = torch.autograd.functional.hessian(loss, torch.zeros_like(mode))
+    if not curvature.isfinite().all():
+        return curvature
     size, axes = torch.linalg.eigh(curvature.double())
     # A flat or hollow direction gets the width of the prior.
     size = size.abs().clamp_min(1.0)

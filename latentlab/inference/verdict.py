@@ -11,7 +11,7 @@ k-hat              of the importance weights, per block: above 0.7 the guide mis
 means and sds      of the guide, against those that its weights give: off by more than 0.1 sd or a
                    factor 1.18 (care), by more than 0.3 sd or a factor 2 (do not use)
 ELBO               measured again: far from what the fit recorded, parameters or data were changed
-starts             the best optimum found once only asks for care
+starts             the best optimum found once only, or another as good elsewhere (care)
 KL to the prior    of each site: near zero, the data say nothing about it (care)
 label switching    draws that mix labels blur every figure about single components (care)
 =================  ================================================================================
@@ -197,7 +197,14 @@ def _same(now: Estimate, then: Estimate) -> bool:
 
 def _starts(evidence: Evidence) -> Iterator[Finding]:
     restarts = evidence.restarts
-    if len(restarts.elbos) > 1 and restarts.num_agreeing == 1:
+    if restarts.num_elsewhere:
+        yield Finding(
+            "use with care",
+            f"the posterior has several modes, or the model a symmetry, and the guide covers one: "
+            f"{restarts}",
+            "fix the symmetry in the model (an order, a sign), or read only what the modes share",
+        )
+    elif len(restarts.elbos) > 1 and restarts.num_agreeing == 1:
         yield Finding(
             "use with care",
             f"{restarts}: there may be a better one",

@@ -21,6 +21,8 @@ References:
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -28,8 +30,9 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Generator, Tensor, nn
+from torch.distributions import AffineTransform
 
-from latentlab.data.checks import as_count, as_rows
+from latentlab.data.checks import as_count, as_rows, warn_constant
 from latentlab.data.table import Table
 from latentlab.distributions import DiagonalGaussianMixture
 from latentlab.guides import FullRank, MeanField
@@ -39,6 +42,8 @@ __all__ = ["GaussianMixture"]
 
 _FLOOR = 1e-3  # of a column's standard deviation
 _START_ROWS = 20_000  # rows that starting values look at
+_FAR = 100  # interquartile ranges in a standard deviation: the floor is a tenth of one
+_SAME = 0.95  # affinity of two components a third of a scale to either side of their mean
 _CHUNK = 2**24  # elements of (S, N, K) held at a time
 
 
@@ -67,6 +72,9 @@ class GaussianMixture(nn.Module):
         torch.Size([10, 2])
     """
 
+    center: Tensor
+    spread: Tensor
+    num_rows: Tensor
     tolerates_missing = True
     exchangeable: Mapping[str, int] = {"weights": -1, "locs": -2, "scales": -2}
     dims: Mapping[str, Sequence[str]] = {
@@ -87,22 +95,25 @@ class GaussianMixture(nn.Module):
         super().__init__()
         self.num_features = as_count(num_features, "num_features")
         self.num_components = as_count(num_components, "num_components")
-        if not 0 < concentration < float("inf"):
-            raise ValueError(f"concentration: expected a number > 0, got {concentration}")
+        if not isinstance(concentration, int | float) or not 0 < concentration < math.inf:
+            raise ValueError(f"concentration: expected a number > 0, got {concentration!r}")
         if init not in ("k-means++", "random"):
             raise ValueError(f'init: expected "k-means++" or "random", got {init!r}')
-        self.concentration, self.init = float(concentration), init
+        self.concentration = float(concentration)
+        self.init: Literal["k-means++", "random"] = init
         self.register_buffer("center", torch.zeros(self.num_features))
         self.register_buffer("spread", torch.ones(self.num_features))
         self.register_buffer("num_rows", torch.tensor(0))
 
     def forward(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
         """The model: all rows (``x``), a mini-batch (``x``, ``size``) or a draw (``size``)."""
+        if x is not None and x.shape[-1] != self.num_features:
+            raise self._other_width(x)
         K, center, spread = self.num_components, self.center, self.spread
         weights = pyro.sample("weights", dist.Dirichlet(spread.new_full((K,), self.concentration)))
 
         with pyro.plate("components", K):
-            locs = pyro.sample("locs", dist.Normal(center, 3 * spread).to_event(1))
+            locs = pyro.sample("locs", _normal(center, 3 * spread).to_event(1))
             scales = pyro.sample("scales", dist.LogNormal((spread / 2).log(), 1.0).to_event(1))
 
         with rows(x, size):
@@ -121,7 +132,7 @@ class GaussianMixture(nn.Module):
         """
         if locs.dim() > 2:  # K left its plate and became an event: make room for the rows
             locs, scales = locs.unsqueeze(-3), scales.unsqueeze(-3)
-        floored = (scales**2 + (_FLOOR * self.spread) ** 2).sqrt()
+        floored = self.spread * ((scales / self.spread) ** 2 + _FLOOR**2).sqrt()
         return DiagonalGaussianMixture(weights, locs, floored)
 
     def default_guide(self) -> FullRank | MeanField:
@@ -132,9 +143,11 @@ class GaussianMixture(nn.Module):
     def scale_to(self, x: Tensor | Table, size: int | None = None) -> GaussianMixture:
         """Set the priors in the units of the data, in place.
 
+        Warns of constant columns, and of a value so far away that the rest look alike.
+
         Arguments:
             x: rows, shape (N, D), NaN where a cell is missing.
-            size: unused; the rows of a mini-batch have the scale of all rows.
+            size: the number of rows that x stands for; by default its own.
 
         Returns:
             The model itself.
@@ -142,38 +155,43 @@ class GaussianMixture(nn.Module):
         Raises:
             ValueError: if x is not N rows of ``num_features`` numbers.
         """
-        x = self._rows(x, min_rows=2)
-        if len(x) < self.num_components:
+        table = self._table(x, min_rows=2)
+        if len(table) < self.num_components:
             raise ValueError(
                 f"num_components: expected at most the number of rows, got "
-                f"{self.num_components} components for {len(x)} rows"
+                f"{self.num_components} components for {len(table)} rows"
             )
-        center = x.nanmean(0)
-        spread = ((x - center) ** 2).nanmean(0).sqrt()
-        # A constant column has no scale of its own: its size stands in, one if it is zero.
-        size_of = torch.where(center == 0, torch.ones_like(center), center.abs())
-        self.center = center
-        self.spread = torch.where(spread > 1e-13 * center.abs(), spread, size_of)
-        self.num_rows = torch.tensor(len(x))
+        center, spread = _mean_and_sd(table.x.double())
+        warn_constant(table)
+        _warn_far(table, spread)
+        # Where rounding alone tells rows apart, a column's size is its scale, one if it is zero.
+        rounding = 8 * torch.finfo(table.x.dtype).eps * center.abs()
+        size_of = torch.where(center == 0, 1.0, center.abs())
+        self.center = center.to(table.x.dtype)
+        self.spread = torch.where(spread > rounding, spread, size_of).to(table.x.dtype)
+        self.num_rows = torch.tensor(len(table) if size is None else size)
         return self
 
-    def starting_values(self, x: Tensor | Table, *, seed: int = 0) -> dict[str, Tensor]:
+    def starting_values(
+        self, x: Tensor | Table, size: int | None = None, *, seed: int = 0
+    ) -> dict[str, Tensor]:
         """A start: seeds by ``init``, then expectation-maximisation until it slows down.
 
         Arguments:
-            x: rows, shape (N, D); at most 20,000 of them, evenly spaced, are looked at.
+            x: rows, shape (N, D), NaN where a cell is missing; 20,000 of them are looked at.
+            size: unused; as for :meth:`scale_to`.
             seed: another seed, another start.
 
         Returns:
             ``weights`` (K,), ``locs`` (K, D) and ``scales`` (K, D), in the units of x.
         """
-        x = self._rows(x, min_rows=1)
-        y = (x[:: -(-len(x) // _START_ROWS)] - self.center) / self.spread
-        missing = torch.isnan(y)
-        y = torch.where(missing, 0.0, y)  # the column's mean, for a start only
-        generator = Generator(y.device).manual_seed(seed)
+        x = self._table(x, min_rows=1).x
+        generator = Generator(x.device).manual_seed(seed)
+        some = torch.randperm(len(x), generator=generator, device=x.device)[:_START_ROWS]
+        y = (x[some] - self.center) / self.spread
         pick = _far_rows if self.init == "k-means++" else _random_rows
-        weights, locs, scales = _expectation_maximisation(y, pick(y, self.num_components, generator))
+        seeds = pick(y.nan_to_num(0.0), self.num_components, generator)  # the mean, to start with
+        weights, locs, scales = _expectation_maximisation(y, seeds)
         return {
             "weights": weights,
             "locs": self.center + self.spread * locs,
@@ -188,7 +206,7 @@ class GaussianMixture(nn.Module):
         Arguments:
             x: rows, shape (N, D), NaN where a cell is missing.
             draws: ``weights`` (S, K), ``locs`` (S, K, D), ``scales`` (S, K, D), as
-                ``Posterior.sample`` returns them.
+                ``Posterior.sample`` returns them; component k is the same one in each draw.
 
         Returns:
             Probabilities, shape (N, K), rows sum to one.
@@ -202,8 +220,8 @@ class GaussianMixture(nn.Module):
             x: rows, shape (N, D), NaN where a cell is missing.
             draws: as for :meth:`responsibilities`.
         """
-        num_draws = torch.tensor(len(draws["weights"]))
-        return self._average(x, draws, lambda joint: joint.logsumexp(-1).logsumexp(0)) - num_draws.log()
+        log_sum = self._average(x, draws, lambda joint: joint.logsumexp(-1).logsumexp(0))
+        return log_sum - math.log(len(draws["weights"]))
 
     def label_rows(self, x: Tensor | Table, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Columns for a table of rows: the most probable component, its odds, the log-density."""
@@ -213,24 +231,39 @@ class GaussianMixture(nn.Module):
         return columns | {"log_prob": self.log_prob(x, draws)}
 
     def remarks(self, draws: Mapping[str, Tensor]) -> list[str]:
-        """What the draws say about the number of components."""
-        mean = draws["weights"].double().mean(0)
-        held = mean * max(int(self.num_rows), 1)
+        r"""What the draws say about the number of components.
+
+        A component may hold no rows, or be another one twice. The effective number counts neither:
+        with the affinity :math:`Z_{jk} = \int \sqrt{p_j p_k}` of components at their posterior
+        mean, it is :math:`\exp(-\sum_k \pi_k \log (Z \pi)_k)`.
+
+        Reference:
+            | Measuring diversity: the importance of species similarity (Leinster, Cobbold, 2012)
+        """
+        weights, locs, scales = (
+            draws[site].double().mean(0) for site in ("weights", "locs", "scales")
+        )
+        held = weights * max(int(self.num_rows), 1)
+        affinity = _affinity(locs / self.spread, scales / self.spread)
         few = [k for k in range(self.num_components) if held[k] < 2]
-        if not few:
+        same = [(j, k) for j, k in (affinity > _SAME).nonzero().tolist() if j < k]
+        faults = [f"component {k} holds fewer than 2 rows" for k in few]
+        faults += [f"components {j} and {k} are the same" for j, k in same if not {j, k} & {*few}]
+        if not faults:
             return []
-        effective = float(torch.special.entr(mean).sum().exp())
+        effective = float((-weights @ (affinity @ weights).log()).exp())
         return [
-            f"component {', '.join(map(str, few))} holds fewer than 2 rows (effective number of "
-            f"components {effective:.1f} of {self.num_components}): try fewer components"
+            f"{', '.join(faults)} (effective number of components {effective:.1f} of "
+            f"{self.num_components}): try fewer components"
         ]
 
     def plot_fit(self, x: Tensor, draws: Mapping[str, Tensor], names: Sequence[str]) -> Any:  # noqa: ANN401
         """The data with the fitted components drawn on them; returns matplotlib axes."""
         from latentlab.report.plots import plot_mixture
 
-        arrays = [draws[site].numpy(force=True) for site in ("weights", "locs", "scales")]
-        return plot_mixture(x.numpy(force=True), *arrays, names)
+        sites = ("weights", "locs", "scales")
+        weights, locs, scales = (draws[site].numpy(force=True) for site in sites)
+        return plot_mixture(x.numpy(force=True), weights, locs, scales, names)
 
     def spec(self) -> dict[str, Any]:
         """What builds this model again."""
@@ -244,14 +277,17 @@ class GaussianMixture(nn.Module):
             },
         }
 
-    def _rows(self, x: Tensor | Table, min_rows: int) -> Tensor:
+    def _table(self, x: Tensor | Table, min_rows: int) -> Table:
         table = as_rows(x, min_rows=min_rows, allow_missing=True)
         if table.x.shape[1] != self.num_features:
-            raise ValueError(
-                f"x: expected shape (N, {self.num_features}) to match "
-                f"num_features={self.num_features}, got {tuple(table.x.shape)}"
-            )
-        return table.x
+            raise self._other_width(table.x)
+        return table
+
+    def _other_width(self, x: Tensor) -> ValueError:
+        return ValueError(
+            f"x: expected shape (N, {self.num_features}) to match "
+            f"num_features={self.num_features}, got {tuple(x.shape)}"
+        )
 
     def _average(
         self,
@@ -260,12 +296,51 @@ class GaussianMixture(nn.Module):
         reduce: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """Reduce log-joints (S, n, K) of n rows at a time to n results."""
-        x = self._rows(x, min_rows=0)
+        x = self._table(x, min_rows=0).x
         weights, locs, scales = draws["weights"], draws["locs"], draws["scales"]
         mixture = self.likelihood(weights.unsqueeze(1), locs, scales)
         step = max(1, _CHUNK // weights.numel())
         with torch.no_grad():
             return torch.cat([reduce(mixture.component_log_prob(part)) for part in x.split(step)])
+
+
+def _normal(loc: Tensor, scale: Tensor) -> dist.TransformedDistribution:
+    """N(loc, scale) whose density squares no scale, so that none is too small or too large."""
+    standard = dist.Normal(torch.zeros_like(loc), 1.0)
+    return dist.TransformedDistribution(standard, [AffineTransform(loc, scale)])
+
+
+def _affinity(locs: Tensor, scales: Tensor) -> Tensor:
+    """Bhattacharyya's coefficient of each two diagonal Gaussians, shape (K, K), one if equal."""
+    variance = (scales[:, None] ** 2 + scales**2) / 2  # (K, K, D)
+    ratio = scales[:, None] * scales / variance
+    return (0.5 * ratio.log() - (locs[:, None] - locs) ** 2 / (8 * variance)).sum(-1).exp()
+
+
+def _mean_and_sd(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each column (D,), whatever the units; NaN cells left out."""
+    mean = x.nanmean(0)
+    away = x - mean
+    unit = away.abs().nan_to_num(0.0).amax(0)
+    unit = torch.where(unit > 0, unit, 1.0)
+    return mean, unit * (away / unit).square().nanmean(0).sqrt()
+
+
+def _warn_far(table: Table, spread: Tensor) -> None:
+    """Warn of columns where one far value widens the floor under the scales of all others."""
+    x = table.x[:: -(-len(table) // _START_ROWS)].double().sort(0).values  # NaN last
+    count = (~x.isnan()).sum(0)
+    quarter, half, three = (x.gather(0, (count * q // 4)[None])[0] for q in (1, 2, 3))
+    far = (spread > _FAR * (three - quarter)) & (three > quarter)
+    for d in far.nonzero().flatten().tolist():
+        away = (table.x[:, d] - half[d]).abs().nan_to_num(0.0)
+        row = int(away.argmax())
+        warnings.warn(
+            f"x: row {row} of column {table.names[d]!r} ({float(table.x[row, d]):g}) is "
+            f"{float(away[row] / (three - quarter)[d]):.0e} interquartile ranges from the median: "
+            "beside it the other rows look alike; look at it, leave it out or take logarithms",
+            stacklevel=3,
+        )
 
 
 def _random_rows(y: Tensor, num_components: int, generator: Generator) -> Tensor:
@@ -291,15 +366,17 @@ def _expectation_maximisation(
     # A small pseudo-count at the overall mean and scale keeps an emptying component alive.
     prior = 0.5
     weights, scales = y.new_full((K,), 1 / K), y.new_full((K, D), 0.5)
+    seen, filled = (~y.isnan()).to(y), y.nan_to_num(0.0)
     previous = -float("inf")
     for _ in range(max_iter):
         joint = DiagonalGaussianMixture(weights, locs, scales).component_log_prob(y)
         total = float(joint.logsumexp(-1).mean())
-        counts = (resp := joint.softmax(-1)).sum(0) + prior
-        locs = (resp.T @ y) / counts[:, None]
-        variance = (resp.T @ y**2 + prior * 0.25) / counts[:, None] - locs**2
+        held = (resp := joint.softmax(-1)).sum(0) + prior
+        counts = resp.T @ seen + prior  # (K, D)
+        locs = resp.T @ filled / counts
+        variance = (resp.T @ filled**2 + prior * 0.25) / counts - locs**2
         scales = variance.clamp_min(0.05**2).sqrt()
-        weights = counts / counts.sum()
+        weights = held / held.sum()
         if total - previous < 1e-6:
             break
         previous = total

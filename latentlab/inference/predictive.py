@@ -1,0 +1,214 @@
+r"""What a pair says of data, given draws of its latents.
+
+A *datum* is an element of the plate that the observed sites share. Latents in that plate are
+local: new data have their own, drawn anew from the model,
+
+.. math:: p(x^*_n \mid x) \approx \frac{1}{S} \sum_s p(x^*_n \mid \theta_s, z_s), \quad
+          \theta_s \sim q, \; z_s \sim p(z \mid \theta_s),
+
+while global latents, :math:`\theta`, are those of the fit.
+
+Letters: S draws, N data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pyro.poutine as poutine
+import torch
+from pyro.infer import infer_discrete
+from torch import Tensor
+
+from latentlab.data.checks import match_columns
+from latentlab.guides import Draws
+from latentlab.inference import objectives
+from latentlab.inference.arguments import as_arguments
+from latentlab.inference.pair import Arguments, Pair
+from latentlab.inference.stages import chunks
+
+__all__ = [
+    "as_fitted",
+    "datum_plate",
+    "draw_labels",
+    "is_local",
+    "log_density",
+    "replicate",
+    "shared",
+]
+
+
+def as_fitted(data: Any, pair: Pair) -> Arguments:  # noqa: ANN401
+    """Data in the form that the pair was fitted to: columns by name, numbers of its dtype.
+
+    Arguments:
+        data: as for :func:`latentlab.fit`.
+        pair: the pair.
+
+    Raises:
+        ValueError: for missing or extra columns, which the message lists.
+    """
+    names = pair.data.names
+    if names and not isinstance(data, Arguments | Mapping | tuple | None):
+        data = match_columns(data, names)
+    arguments = as_arguments(data, pair.model)
+    return arguments.map(lambda t: t.to(pair.dtype) if t.is_floating_point() else t)
+
+
+def datum_plate(pair: Pair) -> str | None:
+    """The plate whose elements are the data; ``None`` where the data are one datum.
+
+    That of the local latents, or else the outermost one that all observed sites stand in.
+    """
+    stacks = [[name for name, _, _ in pair.plates[site]] for site in pair.observed]
+    common = [name for name in stacks[0] if all(name in s for s in stacks)] if stacks else []
+    return pair.local_plate() or next(iter(common), None)
+
+
+def is_local(pair: Pair, site: str) -> bool:
+    """Whether each datum has its own value of a site."""
+    return datum_plate(pair) in {name for name, _, _ in pair.plates.get(site, ())}
+
+
+def draw_labels(pair: Pair, draws: Draws) -> dict[str, Tensor]:
+    """Discrete latents from their exact conditional, given the data and the continuous ones.
+
+    Arguments:
+        pair: the pair, entered, with its data.
+        draws: draws of the continuous latents.
+
+    Returns:
+        Site -> values (S, 1, ..., batch), to go through the model again.
+    """
+    if pair.vectorised:
+        parts = [_labels(pair, part.values, len(part)) for part in chunks(pair, draws)]
+    else:
+        parts = [_labels(pair, _single(pair, draws, s), None) for s in range(len(draws))]
+    return {name: torch.cat([part[name] for part in parts]) for name in pair.summed_out}
+
+
+def shared(pair: Pair, draws: Draws) -> Draws:
+    """Draws of the global latents that have the same shape in the data of ``pair``.
+
+    Arguments:
+        pair: the pair, entered, with new data.
+        draws: draws of all latents, for the data that were fitted.
+
+    Raises:
+        ValueError: if the model does not observe there what it observed in the fit.
+    """
+    with objectives.Substitute({}) as record, poutine.uncondition():
+        pair.data.call(pair.model)
+    if absent := [site for site in pair.observed if site not in record.values]:
+        raise ValueError(
+            f"data: the model observed {', '.join(map(repr, absent))} in the fit, but not here; "
+            "give data of the structure that was fitted"
+        )
+    kept = {
+        name: value
+        for name, value in draws.values.items()
+        if name in record.values
+        and tuple(record.values[name].shape) == pair.shapes[name]
+        and not is_local(pair, name)
+    }
+    return replace(draws, values=kept)
+
+
+def replicate(pair: Pair, draws: Draws) -> dict[str, Tensor]:
+    """Observed sites drawn anew, given latents; latents not given are drawn, too.
+
+    Arguments:
+        pair: the pair, entered; the values of its observed sites do not count.
+        draws: draws of the latents.
+
+    Returns:
+        Site -> new draws (S, ...).
+    """
+    if pair.vectorised:
+        parts = [_replicates(pair, part.values, len(part)) for part in chunks(pair, draws)]
+    else:
+        parts = [_replicates(pair, _single(pair, draws, s), None) for s in range(len(draws))]
+    return {name: torch.cat([part[name] for part in parts]) for name in pair.observed}
+
+
+def log_density(pair: Pair, draws: Draws) -> Tensor:
+    """Log-density of each datum at each draw (S, N); N is 1 where the data are one datum.
+
+    Arguments:
+        pair: the pair, entered, with the data.
+        draws: draws of the latents; those not given are drawn from the model.
+    """
+    return torch.cat([_log_density(pair, part) for part in chunks(pair, draws)])
+
+
+def _log_density(pair: Pair, draws: Draws) -> Tensor:
+    if pair.vectorised:  # latents that are not given need a draw for every particle
+        with objectives.particles(len(draws), pair):
+            found = objectives.site_log_probs(pair, draws)
+    else:
+        found = objectives.site_log_probs(pair, draws)
+    plate, num_samples = datum_plate(pair), len(draws)
+    by_datum: list[Tensor] = []
+    others: list[Tensor] = []
+    for site in pair.observed:
+        if site not in found:  # summed out together with another one
+            continue
+        value = found[site]
+        value = value.reshape((1,) * (pair.nesting + 1 - value.dim()) + tuple(value.shape))
+        value = value.expand(num_samples, *value.shape[1:])
+        dims = {name: dim for name, _, dim in pair.plates[site]}
+        if plate in dims:
+            value = value.movedim(dims[plate], 1)
+            by_datum.append(value.reshape(*value.shape[:2], -1).sum(-1))
+        else:
+            others.append(value.reshape(num_samples, -1).sum(-1, keepdim=True))
+    columns = [sum(parts[1:], parts[0]) for parts in (by_datum, others) if parts]
+    return torch.cat(columns, 1) if columns else torch.zeros(num_samples, 1)
+
+
+def _single(pair: Pair, draws: Draws, s: int) -> dict[str, Tensor]:
+    """The values of one draw, without the dimensions that only many need."""
+    return {
+        name: value[s].reshape(pair.shapes.get(name, value.shape[1:]))
+        for name, value in draws.values.items()
+    }
+
+
+def _replicates(
+    pair: Pair, values: Mapping[str, Tensor], num_samples: int | None
+) -> dict[str, Tensor]:
+    """One pass of the model, for many draws at once or, without their number, for one."""
+    with _batch_of(pair, num_samples), objectives.Substitute(values) as record:
+        with poutine.uncondition():
+            pair.data.call(pair.model)
+    drawn = {}
+    for name in pair.observed:
+        value = record.values[name]
+        shape = value.shape[value.dim() - len(pair.shapes[name]) :]
+        drawn[name] = value.reshape(num_samples or 1, *shape)
+    return drawn
+
+
+def _labels(
+    pair: Pair, values: Mapping[str, Tensor], num_samples: int | None
+) -> dict[str, Tensor]:
+    """As :func:`_replicates`, for the discrete latents given the data."""
+
+    def labelled() -> None:
+        with _batch_of(pair, num_samples), objectives.Substitute(values, pair.summed_out):
+            pair.data.call(pair.model)
+
+    first_dim = -1 - pair.nesting - (num_samples is not None)
+    sampled = infer_discrete(labelled, first_available_dim=first_dim, temperature=1)
+    trace = poutine.trace(sampled).get_trace()
+    found = {name: trace.nodes[name]["value"] for name in pair.summed_out}
+    if num_samples is None:
+        return {name: value[None] for name, value in found.items()}
+    return {name: value.expand(num_samples, *value.shape[1:]) for name, value in found.items()}
+
+
+def _batch_of(pair: Pair, num_samples: int | None) -> AbstractContextManager:
+    return objectives.particles(num_samples, pair) if num_samples else nullcontext()

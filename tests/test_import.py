@@ -1,0 +1,105 @@
+"""``import latentlab`` is cheap, loads nothing optional, and changes nothing."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import latentlab
+
+OPTIONAL = {
+    "arviz", "blackjax", "jax", "matplotlib", "numpyro", "pandas", "polars", "pyarrow", "rich",
+    "safetensors", "sklearn", "typer", "zuko",
+}
+
+
+def fresh(code):
+    """What a new interpreter prints as JSON at the end of some code."""
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+LOADED = "import json, sys; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+
+
+def test_import_loads_nothing_optional():
+    assert not OPTIONAL & set(fresh(f"import latentlab; {LOADED}"))
+
+
+def test_import_loads_no_module_before_it_is_asked_for():
+    code = "import latentlab, sys, json; print(json.dumps([m for m in sys.modules if m[:9] == 'latentlab']))"
+    assert fresh(code) == ["latentlab"]
+
+
+def test_public_names_load_none_of_the_heavy_packages():
+    """Frames, pictures and flows are loaded by the function that makes one."""
+    code = f"import latentlab; [getattr(latentlab, name) for name in latentlab.__all__]; {LOADED}"
+    assert not (OPTIONAL - {"safetensors"}) & set(fresh(code))
+
+
+def test_a_fit_loads_none_of_the_heavy_packages():
+    code = f"""
+import latentlab as ll
+x = ll.data.simulate.eruptions(num_rows=20)
+posterior = ll.fit(ll.GaussianMixture(2, 1), x, num_restarts=1, max_steps=1, progress=False)
+posterior.check(), posterior.sample(3), posterior.predict(3)
+{LOADED}"""
+    assert not (OPTIONAL - {"safetensors"}) & set(fresh(code))
+
+
+@pytest.mark.parametrize("name", latentlab.__all__)
+def test_every_public_name_is_there(name):
+    value = getattr(latentlab, name)
+    assert value.__doc__
+    assert name in dir(latentlab)
+
+
+def test_public_names_are_in_order_and_others_are_not_there():
+    assert list(latentlab.__all__) == sorted(set(latentlab.__all__))
+    assert set(latentlab._HOMES) | set(latentlab._MODULES) == set(latentlab.__all__)
+    with pytest.raises(AttributeError, match="module 'latentlab' has no attribute 'Oracle'"):
+        _ = latentlab.Oracle
+
+
+STATE = """
+import json, random, sys
+import numpy as np, pyro, torch
+from torch.distributions import Distribution
+
+def state():
+    return [
+        torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(),
+        torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist(),
+        Distribution._Distribution__validate_args if False else Distribution._validate_args,
+        str(Distribution.arg_constraints), pyro.settings.get(), len(pyro.get_param_store()),
+    ]
+
+before = state()
+import latentlab
+names = [getattr(latentlab, name) for name in latentlab.__all__]
+print(json.dumps([str(a) for a, b in zip(before, state()) if a != b]))
+"""
+
+
+def test_import_changes_no_state_of_torch_and_pyro():
+    """Among it argument validation, which ``import zuko`` turns off for the whole process."""
+    assert fresh(STATE) == []
+
+
+def test_import_costs_what_pyro_costs():
+    code = """
+import json, time
+import pyro
+begin = time.process_time()
+import latentlab
+one = time.process_time() - begin
+latentlab.fit, latentlab.GaussianMixture, latentlab.load
+print(json.dumps([one, time.process_time() - begin]))
+"""
+    package, names = min(fresh(code) for _ in range(3))
+    assert package < 0.05
+    assert names < 0.5

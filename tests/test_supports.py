@@ -1,0 +1,176 @@
+"""Every support is kept as plain values, and reached from the real line by a bijection."""
+
+import copy
+import json
+
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions import constraints
+from torch.autograd.functional import jacobian
+
+from latentlab.supports import Latent, bijection, is_identity, support_from_spec, support_spec
+
+LOW = torch.tensor([0.1, -2.0, 3.0], dtype=torch.float64)
+
+# name -> support, shape of a value
+BIJECTIVE = {
+    "real": (constraints.real, ()),
+    "positive": (constraints.positive, ()),
+    "nonnegative": (constraints.nonnegative, ()),
+    "unit_interval": (constraints.unit_interval, ()),
+    "softplus_positive": (constraints.softplus_positive, ()),
+    "simplex": (constraints.simplex, (4,)),
+    "real_vector": (constraints.real_vector, (3,)),
+    "ordered_vector": (constraints.ordered_vector, (3,)),
+    "positive_ordered_vector": (constraints.positive_ordered_vector, (3,)),
+    "lower_cholesky": (constraints.lower_cholesky, (3, 3)),
+    "corr_cholesky": (constraints.corr_cholesky, (3, 3)),
+    "corr_matrix": (constraints.corr_matrix, (3, 3)),
+    "positive_definite": (constraints.positive_definite, (3, 3)),
+    "interval": (constraints.interval(-1.0, 2.5), ()),
+    "half_open_interval": (constraints.half_open_interval(-1.0, 2.5), ()),
+    "greater_than": (constraints.greater_than(0.5), ()),
+    "greater_than_eq": (constraints.greater_than_eq(0.5), ()),
+    "less_than": (constraints.less_than(0.5), ()),
+    "bounds": (constraints.interval(LOW, LOW + 1), (3,)),
+    "bound": (constraints.greater_than(torch.tensor(0.1)), ()),
+    "independent": (constraints.independent(constraints.positive, 2), (2, 3)),
+    "nested": (constraints.independent(constraints.positive_definite, 1), (2, 3, 3)),
+}
+OTHERS = {
+    "sphere": constraints.sphere,
+    "unit_lower_cholesky": constraints.unit_lower_cholesky,
+    "softplus_lower_cholesky": constraints.softplus_lower_cholesky,
+}
+ALL = {name: support for name, (support, _) in BIJECTIVE.items()} | OTHERS
+REFUSED = [constraints.integer_interval(0, 3), constraints.boolean, constraints.dependent]
+
+
+def free_of(shape, support, num=None):
+    transform = bijection(support)
+    lead = () if num is None else (num,)
+    size = transform.inverse_shape(torch.Size(lead + shape))
+    noise = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return transform, noise
+
+
+# ---- as plain values ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_support_comes_back_from_json(name):
+    spec = json.loads(json.dumps(support_spec(ALL[name])))
+    again = support_from_spec(spec)
+    assert type(again) is type(ALL[name])
+    assert again.event_dim == ALL[name].event_dim
+    assert support_spec(again) == spec
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_copy_of_a_support_is_known(name):
+    assert support_spec(copy.deepcopy(ALL[name])) == support_spec(ALL[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bounds_keep_every_bit_and_their_dtype(dtype):
+    low = LOW.to(dtype)
+    again = support_from_spec(json.loads(json.dumps(support_spec(constraints.greater_than(low)))))
+    assert again.lower_bound.dtype == dtype
+    assert torch.equal(again.lower_bound, low)
+
+
+def test_bounds_may_come_from_a_parameter():
+    low = torch.tensor(0.25, requires_grad=True)
+    assert support_spec(constraints.greater_than(low))["lower_bound"] == 0.25
+
+
+@pytest.mark.parametrize("support", REFUSED)
+def test_unknown_supports_are_refused(support):
+    with pytest.raises(ValueError, match=r"cannot be stored; expected one of real, positive"):
+        support_spec(support)
+
+
+@pytest.mark.parametrize("spec", [{"name": "moon"}, {}, {"name": "dependent"}])
+def test_unknown_names_are_refused(spec):
+    with pytest.raises(ValueError, match="not known to this version of latentlab"):
+        support_from_spec(spec)
+
+
+@pytest.mark.parametrize("name", BIJECTIVE)
+def test_site_comes_back_from_json(name):
+    support, shape = BIJECTIVE[name]
+    split = len(shape) - support.event_dim
+    latent = Latent("z", shape[:split], shape[split:], support, (("rows", 2, -1),))
+    again = Latent.from_spec(json.loads(json.dumps(latent.spec())))
+    assert again.spec() == latent.spec()
+    assert (again.shape, again.free_shape) == (latent.shape, latent.free_shape)
+    assert (again.plates, again.name) == (latent.plates, "z")
+
+
+# ---- from the real line ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BIJECTIVE)
+def test_the_real_line_is_mapped_into_the_support_and_back(name):
+    support, shape = BIJECTIVE[name]
+    transform, u = free_of(shape, support, num=20)
+    z = transform(u)
+    assert z.shape == (20, *shape)
+    assert support.check(z).all()
+    torch.testing.assert_close(transform.inv(z), u, rtol=1e-8, atol=1e-8)
+
+
+def coordinates(name, z):
+    """As many numbers of z as it has degrees of freedom: those that its density is taken over."""
+    if name == "simplex":
+        return z[:-1]
+    if name in ("lower_cholesky", "positive_definite"):
+        return z[*torch.tril_indices(3, 3)]
+    if name in ("corr_cholesky", "corr_matrix"):
+        return z[*torch.tril_indices(3, 3, -1)]
+    if name == "nested":
+        return z[:, *torch.tril_indices(3, 3)].flatten()
+    return z.flatten()
+
+
+@pytest.mark.parametrize("name", BIJECTIVE)
+def test_volume_is_the_determinant_of_the_jacobian(name):
+    support, shape = BIJECTIVE[name]
+    transform, u = free_of(shape, support)
+    matrix = jacobian(lambda v: coordinates(name, transform(v.reshape(u.shape))), u.flatten())
+    volume = transform.log_abs_det_jacobian(u, transform(u)).sum()
+    torch.testing.assert_close(volume, torch.linalg.slogdet(matrix)[1])
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_density_of_a_covariance_has_mass_one(n):
+    """Importance sampling of a Wishart through its bijection finds the mass of the density."""
+    wishart = dist.Wishart(torch.tensor(n + 4.0), torch.eye(n).double())
+    latent = Latent("cov", (), (n, n), constraints.positive_definite)
+    assert latent.free_shape == (n * (n + 1) // 2,)
+    transform = latent.transform
+    generator = torch.Generator().manual_seed(0)
+    centre = transform.inv((n + 4.0) * torch.eye(n).double())
+    scale = torch.full_like(centre, 1.0)
+    scale[[i * (i + 1) // 2 + i for i in range(n)]] = 0.5
+    noise = torch.randn(200_000, len(centre), generator=generator, dtype=torch.float64)
+    u = centre + 1.2 * scale * noise
+    log_q = dist.Normal(centre, 1.2 * scale).log_prob(u).sum(-1)
+    z = transform(u)
+    weights = (wishart.log_prob(z) + transform.log_abs_det_jacobian(u, z) - log_q).exp()
+    assert abs(float(weights.mean()) - 1) < 5 * float(weights.std()) / len(u) ** 0.5
+    assert float(weights.std()) / len(u) ** 0.5 < 0.05
+
+
+def test_only_the_identity_is_one():
+    assert is_identity(bijection(constraints.real))
+    assert is_identity(bijection(constraints.independent(constraints.real, 2)))
+    assert not is_identity(bijection(constraints.positive))
+    assert not is_identity(bijection(constraints.independent(constraints.positive, 1)))
+
+
+@pytest.mark.parametrize("support", [constraints.sphere, constraints.integer_interval(0, 3)])
+def test_a_site_without_a_bijection_is_named(support):
+    with pytest.raises(ValueError, match=r"site 'z': no bijection .* a guide of your own"):
+        _ = Latent("z", (), (3,), support).transform
