@@ -130,14 +130,13 @@ def mixture_guide(x):
 
 
 GROUPS = torch.tensor([0, 0, 1, 2, 2])
+CHOICES = torch.tensor([0.0, 1, 1, 0, 1, 1], dtype=F64)
 PAIRS = {
     "eight schools": (schools, (EFFECTS, ERRORS), schools_guide, Trace_ELBO),
     "hierarchy": (hierarchy, (GROUPS, numbers(5)), hierarchy_guide, Trace_ELBO),
-    "regression": (
-        regression, (numbers(6, 2), (numbers(6, seed=1) > 0).double()), regression_guide, Trace_ELBO
-    ),
+    "regression": (regression, (numbers(6, 2), CHOICES), regression_guide, Trace_ELBO),
     "mixture": (config_enumerate(mixture), (numbers(6),), mixture_guide, TraceEnum_ELBO),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -260,7 +259,8 @@ LABELLED = [
     (star, numbers(6)),
     (a_single_value, numbers(4)),
 ]
-NAMED = {"argnames": ("model", "x"), "argvalues": LABELLED, "ids": [m.__name__ for m, _ in LABELLED]}
+NAMES = [model.__name__ for model, _ in LABELLED]
+NAMED = {"argnames": ("model", "x"), "argvalues": LABELLED, "ids": NAMES}
 
 
 def brute_force(model, x, values):
@@ -402,7 +402,7 @@ def test_masked_rows_are_not_there(mask):
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize("scale", [3.0, torch.tensor(3.0, dtype=F64), torch.arange(1.0, 5.0, dtype=F64)])
+@pytest.mark.parametrize("scale", [3.0, torch.tensor(3.0), torch.arange(1.0, 5.0)])
 @pytest.mark.parametrize("labelled", [False, True])
 def test_a_scale_counts_rows_several_times(scale, labelled):
     x = numbers(4)

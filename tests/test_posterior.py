@@ -87,7 +87,7 @@ def mixture(eruptions):
 
 
 def agree(draws, distribution):
-    """Draws have a distribution: Kolmogorov's distance is within what chance allows 1 in 10,000."""
+    """Draws have a distribution: chance alone puts them further from it once in 10,000 times."""
     assert stats.kstest(np.asarray(draws), distribution.cdf).pvalue > 1e-4
 
 
@@ -136,7 +136,8 @@ def test_the_same_seed_gives_the_same_draws_in_the_shapes_of_the_sites(mixture):
     again = mixture.predict(3, seed=5)["x"]
     assert torch.equal(again, mixture.predict(3, seed=5)["x"])
     assert not torch.equal(again, mixture.predict(3)["x"])
-    assert mixture.log_prob(mixture.pair.data.args[0]) == mixture.log_prob(mixture.pair.data.args[0])
+    data = mixture.pair.data.args[0]
+    assert mixture.log_prob(data) == mixture.log_prob(data) != mixture.log_prob(data, seed=5)
 
 
 def test_nothing_in_the_process_changes(conjugate):
@@ -276,10 +277,9 @@ def test_a_datum_is_all_that_shares_its_local_latent():
     def model(x=None):
         loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
         shape = (4, 3) if x is None else x.shape
-        rows, columns = pyro.plate("rows", shape[0], dim=-2), pyro.plate("columns", shape[1], dim=-1)
-        with rows:
+        with pyro.plate("rows", shape[0], dim=-2):
             z = pyro.sample("z", dist.Normal(loc, 1.0))
-            with columns:
+            with pyro.plate("columns", shape[1], dim=-1):
                 pyro.sample("x", dist.Normal(z, 0.5), obs=x)
 
     posterior = ll.fit(model, rng(4).normal(size=(4, 3)), guide="full_rank", **QUICK)
@@ -540,7 +540,7 @@ def test_a_guide_of_ones_own_fits_in_batches_and_speaks_of_all_rows():
     new = rng(8).normal(size=7)
     estimate = posterior.log_prob(new, num_samples=4000)
     assert abs(estimate.value - stats.norm(0, math.sqrt(2)).logpdf(new).sum()) < 5 * estimate.se
-    assert float(encoder.slope) == pytest.approx(0.1)  # the fit has a copy
+    assert encoder.slope.item() == pytest.approx(0.1)  # the fit has a copy
 
 
 class Regression(PyroModule):
@@ -571,8 +571,9 @@ def test_two_posteriors_of_one_module_do_not_disturb_one_another():
         for name, value in first.items():
             assert torch.equal(value, second[name]), name
     assert torch.equal(before[3], after[3])
-    assert float(other.sample(50)["linear.weight"].mean()) < 0 < one.sample(50)["linear.weight"].mean()
-    assert float(module.sigma) == 1.0
+    slopes = [float(p.sample(50)["linear.weight"].mean()) for p in (one, other)]
+    assert slopes[1] < 0 < slopes[0]
+    assert module.sigma.item() == 1.0
     assert one.params["sigma"] > 0
     assert one.predict(4, x[:5])["y"].shape == (4, 5)
 
@@ -611,10 +612,8 @@ def test_losses_end_at_the_elbo(mixture):
 def test_parameters_are_as_the_pair_sees_them(discrete):
     params = discrete.params
     assert set(params) == {"loc_at", "scale"}
-    draws = discrete.sample(4000 if discrete.pair.vectorised else 1000)["loc"]
-    se = float(params["scale"]) / math.sqrt(len(draws))
-    assert float(draws.mean()) == pytest.approx(float(params["loc_at"]), abs=5 * se)
-    assert float(draws.std()) == pytest.approx(float(params["scale"]), rel=4 / math.sqrt(len(draws)))
+    draws = discrete.sample(1000)["loc"]
+    agree(draws, stats.norm(float(params["loc_at"]), float(params["scale"])))
 
 
 def test_a_verdict_is_measured_once_and_anew_after_a_change(mixture, monkeypatch):

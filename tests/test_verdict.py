@@ -34,6 +34,7 @@ GOOD = Evidence(
     converged=True,
     stop_reason="stages agree",
     is_point=False,
+    is_full_rank=False,
     blocks=(khat(0.2),),
     moments=moments(),
     elbo=Estimate(-100.0, 0.1),

@@ -34,7 +34,7 @@ from latentlab.diagnostics import (
     moment_errors,
     psis,
 )
-from latentlab.guides import Draws, GaussianGuide, MeanField
+from latentlab.guides import Draws, FullRank, GaussianGuide, MeanField
 from latentlab.inference import objectives
 from latentlab.inference.stages import chunks, particle_chunk
 from latentlab.protocols import Describes
@@ -107,6 +107,7 @@ class Evidence:
     converged: bool
     stop_reason: str
     is_point: bool
+    is_full_rank: bool
     blocks: tuple[Block, ...]
     moments: Moments | None
     elbo: Estimate
@@ -156,6 +157,7 @@ def gather(posterior: Posterior, num_samples: int | None, seed: int | None) -> E
         converged=posterior.converged,
         stop_reason=posterior.stop_reason,
         is_point=is_point,
+        is_full_rank=isinstance(pair.guide, FullRank),
         blocks=blocks,
         moments=_moments(draws, blocks),
         elbo=Estimate.from_draws(log_weights),

@@ -287,10 +287,11 @@ def _tell_entangled(
     """A sum over one plate cannot pass labels that live in another one."""
     for other, dim in others.items():
         if factor.depends_on(dim) and plates[other] & factor.plates - plates[label]:
+            first, second = sorted((label, other))
             raise ValueError(
-                f"sites {label!r} and {other!r} cannot be summed out together: they live in "
-                "different plates, and a site in both depends on the two; draw one of them in the "
-                "guide, or put them into one plate"
+                f"sites {first!r} and {second!r} cannot be summed out together: they live in "
+                "different plates, and a site in both depends on the two; put them into one "
+                "plate, or make one of them continuous"
             )
 
 

@@ -39,6 +39,7 @@ __all__ = ["Climb", "FitDivergedError", "State", "evaluate"]
 _SNAPSHOT_EVERY = 2  # steps
 _CHECK_EVERY = 100  # steps
 _STAGE_STEPS = (300, 3000)  # a stage is at least and at most that long
+_IDLE_STAGES = 3  # stages that neither settle nor rise, after which more would not help
 _FAILURES = 3  # steps without a finite loss, each tried again shorter and with new noise
 _TRAIL_NUMBERS = 2**25
 _EVALUATION_DRAWS = 256
@@ -119,7 +120,7 @@ class Climb:
         if not self.stage_elbos:
             self._record()
         draws, elbo = self._draw(), self.stage_elbos[-1]
-        rate = self.lr
+        rate, idle = self.lr, 0
         while True:
             before = self.state()
             remaining = self.max_steps - self.num_steps
@@ -131,10 +132,18 @@ class Climb:
             stationary = self._stage(min(_STAGE_STEPS[1], remaining), rate)
             new_draws, new_elbo = self._record()
             shift = self._shift(before, draws, new_draws)
-            if stationary and shift < self.tol and self._gained_nothing(elbo, new_elbo):
+            gained_nothing = self._gained_nothing(elbo, new_elbo)
+            idle = idle + 1 if gained_nothing and not stationary else 0
+            if stationary and shift < self.tol and gained_nothing:
                 self.converged = True
                 self.stop_reason = (
                     f"stages agree: the last moved by {shift:.3f} posterior sd (tol {self.tol:g})"
+                )
+                return
+            if idle == _IDLE_STAGES:
+                self.stop_reason = (
+                    f"stalled: {idle} stages neither settled nor raised the ELBO; the last moved "
+                    f"by {shift:.2f} posterior sd (tol {self.tol:g})"
                 )
                 return
             draws, elbo, rate = new_draws, new_elbo, rate / 2

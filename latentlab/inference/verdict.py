@@ -127,7 +127,7 @@ def _stop(evidence: Evidence) -> Iterator[Finding]:
         yield Finding(
             "use with care",
             f"the climb did not converge ({evidence.stop_reason})",
-            "fit with a larger max_steps",
+            'look at plot("losses"), then at the model, or fit with a larger max_steps',
         )
 
 
@@ -139,12 +139,17 @@ def _khat(evidence: Evidence) -> Iterator[Finding]:
             'fit with guide="full_rank" or guide="mean_field"',
         )
     for block in evidence.blocks:
-        yield _block(block)
+        yield _block(block, _richer(evidence))
 
 
-def _block(block: Block) -> Finding:
+def _richer(evidence: Evidence) -> str:
+    if evidence.is_full_rank:
+        return "another parametrisation (non-centred, on another scale), or a simpler model"
+    return 'guide="full_rank", or another parametrisation'
+
+
+def _block(block: Block, wider: str) -> Finding:
     reason = f"k-hat of {block.name}: {block.result}"
-    wider = 'try a richer guide (guide="full_rank"), another parametrisation, or more restarts'
     if block.share_bad is None:
         khat = block.khat
         if not math.isfinite(khat) and khat > 0 or khat > 0.7:
@@ -160,7 +165,7 @@ def _block(block: Block) -> Finding:
 def _moments(evidence: Evidence) -> Iterator[Finding]:
     if evidence.moments is None:
         return
-    step = 'fit with guide="full_rank" or another parametrisation'
+    step = _richer(evidence)
     site, shift = evidence.moments.shift
     size = abs(shift.value) - shift.se
     if size > _SHIFTS[0]:
