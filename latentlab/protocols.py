@@ -30,7 +30,11 @@ class ScalesToData(Protocol):
     """A model whose priors are set in the units of the data, before the pair is checked."""
 
     def scale_to(self, *data: Any) -> Any:  # noqa: ANN401
-        """Set the priors' location and scale from the data, in place."""
+        """Set the priors' location and scale from the data, in place.
+
+        Arguments:
+            data: what the model is called with; a ``Table`` where the columns have names.
+        """
 
 
 @runtime_checkable

@@ -4,6 +4,7 @@ import os
 
 from hypothesis import settings
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small problems; threads would wait on each other
 os.environ.setdefault("MPLBACKEND", "Agg")  # no window opens, with a screen or without
 
 # The same examples in every run; a deadline would fail on a busy machine, not on a fault.

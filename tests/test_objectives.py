@@ -10,7 +10,8 @@ import torch
 from oracles import conjugate_normal
 from pyro import poutine
 from pyro.distributions import constraints
-from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate, infer_discrete
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.ops.indexing import Vindex
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -303,6 +304,20 @@ def test_summing_out_is_a_sum_over_every_labelling(model, x):
 
 
 @pytest.mark.parametrize(**NAMED)
+def test_summing_out_is_that_of_pyro(model, x):
+    """Which needs to be told of pyro.markov, and of the labels."""
+    pair = prepared(model, x)
+    elbo = TraceEnum_ELBO(max_plate_nesting=pair.nesting, strict_enumeration_warning=False)
+    with pair.entered(0), torch.no_grad():
+        draws = objectives.draw(pair, 1)
+        found = objectives.log_joint(pair, draws)
+        values = {z.name: draws.values[z.name].reshape(z.shape) for z in pair.latents}
+        known = config_enumerate(poutine.condition(model, values))
+        expected = -elbo.loss(known, lambda x: None, x)
+    assert found.item() == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize(**NAMED)
 def test_an_observed_site_keeps_its_place_when_labels_are_summed_out(model, x):
     """What stands for several sites stands under one of them, the others are zero."""
     pair = prepared(model, x)
@@ -423,6 +438,24 @@ def test_a_scale_counts_rows_several_times(scale, labelled):
         zero, one = (dist.Normal(k, 1.0).log_prob(x) for k in (0.0, 1.0))
         row = torch.logaddexp((1 - p).log() + zero, p.log() + one)
     torch.testing.assert_close(sites["x"].reshape(4), scale * row, rtol=1e-10, atol=0)
+
+
+def test_labels_are_drawn_from_their_exact_distribution_given_the_latents():
+    """Also where a continuous latent depends on them; shares within 5 standard errors."""
+    S, u = 4000, numbers(4)
+    pair = prepared(latent_under_a_label, numbers(4))
+    values = {"p": torch.full((S, 1), 0.3), "u": u.expand(S, 4)}
+
+    def labelled():
+        with objectives.particles(S, pair), objectives.Substitute(values, pair.summed_out):
+            pair.data.call(pair.model)
+
+    sampled = infer_discrete(labelled, first_available_dim=-2 - pair.nesting, temperature=1)
+    with pair.entered(0):
+        found = poutine.trace(sampled).get_trace().nodes["z"]["value"].mean(0)
+    densities = [dist.Normal(loc, 0.5).log_prob(u).exp() for loc in (0.0, 1.0)]
+    expected = 0.3 * densities[1] / (0.7 * densities[0] + 0.3 * densities[1])
+    assert ((found - expected).abs() < 5 * (expected * (1 - expected) / S).sqrt()).all()
 
 
 # ---- other kinds of sites ---------------------------------------------------------------------
@@ -549,6 +582,73 @@ def test_the_density_of_draws_is_what_the_guide_said_when_it_drew_them():
             torch.testing.assert_close(draws.log_q, log_q, rtol=1e-9, atol=1e-9)
 
 
+def positive(x):
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    with rows(x):
+        pyro.sample("x", dist.Normal(0.0, scale), obs=x)
+
+
+@pytest.mark.parametrize("vectorised", [True, False])
+@pytest.mark.parametrize("kind", [AutoNormal, AutoMultivariateNormal])
+def test_draws_have_a_density_under_a_guide_that_has_moved_on(kind, vectorised):
+    """The points of an autoguide follow its noise; the noise is what has the density."""
+    pair = prepared(positive, numbers(4), kind(positive))
+    pair.vectorised = vectorised
+    with pair.entered(0), torch.no_grad():
+        draws = objectives.draw(pair, 5)
+        for parameter in pair.parameters().values():
+            parameter += 0.5
+        found = objectives.log_q(pair, draws)
+        pair.guide(numbers(4))
+        moved = pair.guide.median()["scale"].log(), pair.guide.quantiles([0.8413447460685429])
+    (noise,) = (value for name, value in draws.values.items() if name not in pair.points)
+    loc, sd = moved[0], moved[1]["scale"].log().reshape(()) - moved[0]
+    u = draws.values["scale"].log().reshape(5)
+    torch.testing.assert_close(noise.reshape(5), u)
+    expected = dist.LogNormal(loc, sd).log_prob(u.exp())
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_points_that_have_moved_on_leave_the_density_of_the_others():
+    def guide(x):
+        pyro.sample("scale", dist.Delta(pyro.param("point", torch.tensor(2.0))))
+        pyro.sample("loc", dist.Normal(pyro.param("mean", torch.tensor(0.0)), 1.0))
+
+    def model(x):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        with rows(x):
+            pyro.sample("x", dist.Normal(loc, scale), obs=x)
+
+    pair = prepared(model, numbers(4), guide)
+    with pair.entered(0), torch.no_grad():
+        draws = objectives.draw(pair, 5)
+        for parameter in pair.parameters().values():
+            parameter += 0.5
+        found = objectives.log_q(pair, draws)
+    expected = dist.Normal(0.5, 1.0).log_prob(draws.values["loc"].reshape(5))
+    torch.testing.assert_close(found, expected)
+    assert (draws.values["scale"] == 2).all()
+
+
+@pytest.mark.parametrize("vectorised", [True, False])
+def test_draws_of_a_guide_that_knows_the_rows_score_other_rows(vectorised):
+    def guide(x):
+        with rows(x):
+            pass
+        pyro.sample("loc", dist.Normal(0.0, 1.0))
+
+    pair, other = prepared(conjugate, numbers(5), guide), numbers(3, seed=1)
+    pair.vectorised = vectorised
+    with pair.entered(0), torch.no_grad():
+        draws = objectives.draw(pair, 4)
+        found = objectives.log_joint(pair, draws, type(pair.data)((other,)))
+    loc = draws.values["loc"].reshape(4, 1)
+    expected = dist.Normal(loc, 0.5).log_prob(other).sum(1)
+    expected = expected + dist.Normal(1.0, 2.0).log_prob(loc[:, 0])
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+
+
 def mixes_by_its_mean(x):
     with pyro.plate("three", 3):
         loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
@@ -617,6 +717,19 @@ def test_a_model_that_mixes_particles_runs_one_at_a_time_and_says_so(model):
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-10, atol=0)
 
 
+def test_a_site_that_adds_up_to_something_else_is_no_match():
+    """Each of its elements has the value of one particle alone, but there are fewer of them."""
+
+    def model(x):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        pyro.factor("penalty", (-loc).expand(4) if loc.dim() == 0 else -loc)
+        with rows(x):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    pair, _ = prepare(model, numbers(5), "mean_field")
+    assert not pair.vectorised
+
+
 def mixing_guide(x):
     first = pyro.sample("first", dist.Normal(0.0, 1.0))
     pyro.sample("second", dist.Normal(first.mean(), 1.0))
@@ -643,7 +756,7 @@ def test_a_guide_that_mixes_particles_runs_one_at_a_time_and_says_so(guide):
 def test_a_guide_that_is_narrow_at_first_does_not_hide_a_mixing_model():
     def guide(x):
         with pyro.plate("three", 3):
-            pyro.sample("loc", dist.Normal(torch.zeros(3), 1e-6))
+            pyro.sample("loc", dist.Normal(torch.zeros(3), 1e-12))
 
     pair, _ = prepare(mixes_by_its_mean, numbers(5), guide)
     assert not pair.vectorised

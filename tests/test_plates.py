@@ -71,19 +71,22 @@ def test_a_prior_draw_has_as_many_rows_as_asked():
 # ---- in company -------------------------------------------------------------------------------
 
 
-def test_rows_nest_in_other_plates():
-    x = numbers(4, 3)
+@pytest.mark.parametrize("size", [None, 8])
+@pytest.mark.parametrize("dim", [-2, -1])
+def test_rows_nest_in_other_plates(size, dim):
+    x, other = numbers(4, 3), -3 - dim
 
     def nested(x=None, size=None):
-        with pyro.plate("columns", 3, dim=-1), rows(x, size, dim=-2):
-            return pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+        data = x if x is None or dim == -2 else x.T
+        with rows(x, size, name="people", dim=dim), pyro.plate("columns", 3, dim=other):
+            return pyro.sample("x", dist.Normal(0.0, 1.0), obs=data)
 
-    trace = poutine.trace(nested).get_trace(x, 8)
+    trace = poutine.trace(nested).get_trace(x, size)
     frames = {f.name: (f.dim, f.size) for f in trace.nodes["x"]["cond_indep_stack"]}
-    assert frames == {"columns": (-1, 3), "rows": (-2, 4)}
-    expected = 2 * stats.norm.logpdf(x.numpy()).sum()
+    assert frames == {"columns": (other, 3), "people": (dim, 4)}
+    expected = (size or 4) / 4 * stats.norm.logpdf(x.numpy()).sum()
     assert float(trace.log_prob_sum()) == pytest.approx(expected)
-    assert nested(size=6).shape == (6, 3)
+    assert nested(size=6).shape == ((6, 3) if dim == -2 else (3, 6))
 
 
 def test_two_kinds_of_rows_have_names_of_their_own():

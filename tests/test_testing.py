@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.distributions import constraints
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule, PyroParam
 from torch import nn
 
@@ -114,6 +115,8 @@ def pairs():
     yield "functions", normal_model, X.float(), normal_guide
     yield "modules", NormalModel(), X, NormalGuide()
     yield "module, array", NormalModel(), X.numpy(), "full_rank"
+    for autoguide in (AutoNormal, AutoMultivariateNormal):
+        yield f"function, {autoguide.__name__}", normal_model, X, autoguide(normal_model)
     for vae in (Autoencoder(), AutoencoderModule()):
         yield f"methods of {type(vae).__name__}", vae.model, X.reshape(4, 2), vae.guide
 
@@ -215,9 +218,10 @@ def test_a_prior_that_is_scaled_with_the_rows_is_caught():
 
 
 def test_rows_that_do_not_divide_are_left_out_of_both_sides():
-    assert a_batch_stands_for_all_rows(normal_model, X[:7]).startswith("holds")
-    vae = Autoencoder()
-    found = a_batch_stands_for_all_rows(vae.model, torch.cat([X, X[:2]]).reshape(5, 2), vae.guide)
+    eleven = torch.cat([X, X[:3]])  # five batches of two
+    assert a_batch_stands_for_all_rows(normal_model, eleven).startswith("holds")
+    vae, data = Autoencoder(), torch.stack([eleven, -eleven], 1)
+    found = a_batch_stands_for_all_rows(vae.model, data, vae.guide)
     assert found.startswith("holds for the model and the guide")
 
 

@@ -95,7 +95,7 @@ train, test = x.x[order[:200]], x.x[order[200:]]
 
 def scores(num_components):
     model = ll.GaussianMixture(num_features=2, num_components=num_components)
-    posterior = ll.fit(model, train, seed=0)
+    posterior = ll.fit(model, train, seed=0, max_steps=3000)  # a comparison can be brief
     draws = posterior.sample(2000)
     return posterior, posterior.model.log_prob(test, draws)  # nats, one for each row
 

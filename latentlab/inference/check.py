@@ -19,6 +19,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_factor
 from torch import Tensor, nn
 
+from latentlab.data.table import Table
 from latentlab.guides import FullRank, GaussianGuide, MeanField, Point
 from latentlab.inference import faults as find
 from latentlab.inference import objectives
@@ -120,7 +121,8 @@ def prepare(
     arguments = as_arguments(data, model)
     owner = getattr(model, "__self__", model)
     if isinstance(owner, ScalesToData):
-        arguments.call(owner.scale_to)
+        table = [Table(x, arguments.names) for x in arguments.args if arguments.names]
+        owner.scale_to(*(table or arguments.args), **arguments.kwargs)  # names, for its warnings
     floating = [t.dtype for t in arguments.tensors() if t.is_floating_point()]
     dtype = floating[0] if floating else torch.get_default_dtype()
     pair = Pair(model, guide_function, arguments, dtype)
@@ -146,11 +148,11 @@ def _look(pair: Pair, wants_guide: bool) -> list[Fault]:
             return faults
         _learn_model(pair, traces[0])
         faults += find.unused(pair, traces[0])
+        moving = list(find.moving_supports(pair, *traces))
         if wants_guide:
             pair.guide = _default_guide(pair)
         if isinstance(pair.guide, GaussianGuide):
-            faults += find.own_guide_faults(pair, traces[0])
-            faults += find.moving_supports(pair, *traces)
+            faults += [*find.own_guide_faults(pair, traces[0]), *moving]
             if not any(fault.fatal for fault in faults):
                 _bind(pair, pair.guide)
             return faults
@@ -158,9 +160,9 @@ def _look(pair: Pair, wants_guide: bool) -> list[Fault]:
         faults += find.score(guide_trace)
         _learn_guide(pair, traces[0], guide_trace)
         faults += find.cover_faults(pair, traces[0], guide_trace)
-        faults += find.pair_faults(pair, traces[0], guide_trace)
+        faults += find.pair_faults(pair, traces[0], guide_trace, {f.site for f in moving})
         if isinstance(pair.guide, AutoGuide):
-            faults += find.moving_supports(pair, *traces)
+            faults += moving
     return faults
 
 

@@ -58,8 +58,9 @@ def save(posterior: Posterior, path: str | Path) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
     tensors = {"losses": posterior.losses, **_numbers(posterior.pair)}
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    facts = json.dumps(_facts(posterior), sort_keys=True)
-    metadata = {"latentlab": facts, "sha256": _digest(facts, tensors)}
+    facts = json.dumps(_facts(posterior))
+    # One entry: several would be written in an order that changes from run to run.
+    metadata = {"latentlab": f"{_digest(facts, tensors)} {facts}"}
     write_atomically(file, tensors_to_bytes(tensors, metadata=metadata))
     return file
 
@@ -248,10 +249,11 @@ def _model(
         if stored is None:
             raise ValueError(f"{file}: holds a model of your own; load it with model=")
         return build(stored)
-    if stored is not None and _description(model) != stored:
+    given = _description(model)
+    if stored is not None and given != stored:
         raise ValueError(
-            f"{file}: was written for another model, {_call(stored)}, not {_called(model)}; "
-            "leave model= out"
+            f"{file}: was written for another model, {_call(stored)}, not "
+            f"{_call(given) if given else _name(model)}; leave model= out"
         )
     return model
 
@@ -266,7 +268,7 @@ def _guide(
         return guide
     if guide is not None and type(guide).__name__ != stored["class"]:
         raise ValueError(
-            f"{file}: holds a guide of latentlab, {stored['class']}, not {_called(guide)}; "
+            f"{file}: holds a guide of latentlab, {stored['class']}, not {_name(guide)}; "
             "leave guide= out"
         )
     return guide_from_spec(stored, dtype)
@@ -277,9 +279,8 @@ def _call(spec: Mapping[str, Any]) -> str:
     return f"{spec['class']}({arguments})"
 
 
-def _called(function: Any) -> str:  # noqa: ANN401
-    spec = _description(function)
-    return _call(spec) if spec else getattr(function, "__name__", type(function).__name__)
+def _name(function: Callable) -> str:
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def _sites(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -315,11 +316,9 @@ def _modules(pair: Pair) -> dict[str, nn.Module]:
 
 def _fill(file: Path, pair: Pair, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Put the stored numbers into a pair of the same structure."""
-    store = {k.removeprefix("store."): v for k, v in tensors.items() if k.startswith("store.")}
-    pair.store["params"].update({k: v.requires_grad_() for k, v in store.items()})
-    pair.store["constraints"].update(
-        {k: support_from_spec(v) for k, v in facts["constraints"].items()}
-    )
+    for name, support in facts["constraints"].items():
+        pair.store["params"][name] = tensors[f"store.{name}"].requires_grad_()
+        pair.store["constraints"][name] = support_from_spec(support)
     _expect_sites(file, pair)
     for place, module in _modules(pair).items():
         prefix = f"{place}."
@@ -408,7 +407,7 @@ def _read(path: str | Path) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
     try:
         length = int.from_bytes(content[:8], "little")
         metadata = json.loads(content[8 : 8 + length])["__metadata__"]
-        facts_text, digest = metadata["latentlab"], metadata["sha256"]
+        digest, facts_text = metadata["latentlab"].split(" ", 1)
         tensors = tensors_from_bytes(content)
     except Exception as error:
         raise ValueError(f"{file}: is damaged, or not a file of latentlab") from error

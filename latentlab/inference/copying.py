@@ -61,18 +61,26 @@ def modules_of(function: Callable) -> Iterator[nn.Module]:
     return _modules(function, _scopes(_roots(function)), set())
 
 
-def _roots(function: object) -> Iterator[object]:
+def _roots(function: object, seen: tuple[int, ...] = ()) -> Iterator[object]:
     """The functions and objects that a pair consists of, out of their wrappers."""
+    if id(function) in seen:
+        return
+    seen = (*seen, id(function))
+    inner: Iterable[object] = ()
     if isinstance(function, types.MethodType):
-        yield function.__self__
+        inner = (function.__self__,)
     elif isinstance(function, functools.partial):
-        for part in (function.func, *function.args):
-            if isinstance(part, _FUNCTIONS) or isinstance(part, nn.Module):
-                yield from _roots(part)
+        parts = (function.func, *function.args)
+        inner = [part for part in parts if isinstance(part, (*_FUNCTIONS, nn.Module))]
     else:
         yield function
         if isinstance(function, AutoGuide) and function._model:
-            yield from _roots(function.model)
+            inner = function._model
+        elif not isinstance(function, types.FunctionType):
+            attributes = _attributes(function).values()
+            inner = [part for part in attributes if isinstance(part, _FUNCTIONS)]
+    for part in inner:
+        yield from _roots(part, seen)
 
 
 def _scopes(roots: Iterable[object]) -> dict[int, dict[str, Any]]:

@@ -34,7 +34,7 @@ _log = logging.getLogger("latentlab")
 
 _WARM_UP = 400  # steps from each start
 _MANY_PARAMETERS = 100_000  # above, one start is what a fit can afford
-_CHEAP_ELEMENTS = 20_000  # below, eight particles cost about what one does
+_CHEAP_ELEMENTS = 20_000  # below, eight particles cost about what one does, on one thread
 
 
 def fit(
@@ -101,7 +101,8 @@ def fit(
     for fault in report.faults:
         warnings.warn(str(fault), stacklevel=2)
     batch_size = _batch_size(pair, settings.batch_size)
-    with _progress(progress, max_steps) as tick, pair.entered(stream(seed, "fit")):
+    enter = pair.entered(stream(seed, "fit"))
+    with _progress(progress, max_steps) as tick, enter, _threads(pair, batch_size):
         climb, restarts = _climb(pair, settings, batch_size, tick)
         elbo = _final_elbo(pair, seed)
     _log.info("fit ended: %s", climb.stop_reason)
@@ -271,14 +272,30 @@ def _affordable(pair: Pair, settings: _Settings, batch_size: int | None) -> tupl
     ours = isinstance(pair.guide, GaussianGuide)
     size = sum(p.numel() for p in pair.parameters().values())
     num_restarts = settings.num_restarts or (4 if ours and size < _MANY_PARAMETERS else 1)
-    rows = sum(t.numel() for t in pair.data.tensors())
-    if batch_size is not None:
-        rows = rows * batch_size // len(pair.data.tensors()[0])
-    many = pair.vectorised and rows + size <= _CHEAP_ELEMENTS
+    many = pair.vectorised and _numbers(pair, batch_size) <= _CHEAP_ELEMENTS
     num_particles = settings.num_particles or (8 if many else 1)
     if pair.is_point():
         num_particles = 1  # a point is drawn without noise
     return num_restarts, num_particles
+
+
+def _numbers(pair: Pair, batch_size: int | None) -> int:
+    """Numbers that a step with one particle looks at."""
+    rows = sum(t.numel() for t in pair.data.tensors())
+    if batch_size is not None:
+        rows = rows * batch_size // len(pair.data.tensors()[0])
+    return rows + sum(p.numel() for p in pair.parameters().values())
+
+
+@contextmanager
+def _threads(pair: Pair, batch_size: int | None) -> Iterator[None]:
+    """One thread where steps are small: on a busy machine they would wait for each other."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if _numbers(pair, batch_size) <= _CHEAP_ELEMENTS else before)
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _final_elbo(pair: Pair, seed: int) -> Estimate:

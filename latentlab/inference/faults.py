@@ -6,7 +6,7 @@ inside the pair's sandbox, where torch and Pyro check arguments.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,7 +162,9 @@ def moving_supports(pair: Pair, trace: Trace, other: Trace) -> Iterator[Fault]:
 
 
 def unused(pair: Pair, trace: Trace) -> Iterator[Fault]:
-    """Latents that no observed site and no other latent depends on."""
+    """Latents that no observed site and no other latent depends on, if there are data at all."""
+    if not observed_of(trace):
+        return
     leaves = {
         name: site["value"].detach().clone().requires_grad_()
         for name, site in latents_of(trace).items()
@@ -277,13 +279,17 @@ def cover_faults(pair: Pair, trace: Trace, guide_trace: Trace) -> Iterator[Fault
             yield Fault(name, "is in the guide but not in the model; rename or remove it")
 
 
-def pair_faults(pair: Pair, trace: Trace, guide_trace: Trace) -> Iterator[Fault]:
-    """Sites that are in both but do not match."""
+def pair_faults(
+    pair: Pair, trace: Trace, guide_trace: Trace, moving: Collection[str] = ()
+) -> Iterator[Fault]:
+    """Sites that are in both but do not match; ``moving`` supports cannot be compared."""
     in_guide, observed = latents_of(guide_trace), observed_of(trace)
     data_plates = {name for site in observed.values() for name, _, _ in plates_of(site)}
     for name, site in latents_of(trace).items():
         if name in in_guide:
             yield from _site_faults(name, site, in_guide[name], data_plates)
+            if name not in moving:
+                yield from _support_faults(name, site, in_guide[name])
             if _subsampled(site) and not _follows(pair, trace, site):
                 yield Fault(name, _UNALIGNED)
 
@@ -307,7 +313,6 @@ def _site_faults(
     if is_point and is_discrete(site):
         yield Fault(name, "is discrete: leave it out of the guide to have it summed out")
         return
-    yield from _support_faults(name, site["fn"], guide_site)
     missing = {p for p, _, _ in plates_of(site)} - {p for p, _, _ in plates_of(guide_site)}
     if not is_point and not _same(*scales):
         yield Fault(
@@ -324,8 +329,12 @@ def _site_faults(
         )
 
 
-def _support_faults(name: str, prior: Any, guide_site: Mapping[str, Any]) -> Iterator[Fault]:  # noqa: ANN401
-    fn = guide_site["fn"]
+def _support_faults(
+    name: str, site: Mapping[str, Any], guide_site: Mapping[str, Any]
+) -> Iterator[Fault]:
+    prior, fn = site["fn"], guide_site["fn"]
+    if site["value"].shape != guide_site["value"].shape or is_discrete(guide_site):
+        return
     try:
         inside = bool(prior.support.check(guide_site["value"].detach()).all())
         same = isinstance(fn, Delta) or _same(fn.support, prior.support)

@@ -54,7 +54,8 @@ class Substitute(Messenger):
         if name in self.enumerated:
             msg["infer"] |= {"enumerate": "parallel", "num_samples": None}
         elif name in self.given and not msg["is_observed"]:
-            msg["value"], msg["done"] = self.given[name], True
+            # Handlers of enumeration have to see what is not enumerated, too.
+            msg["value"], msg["done"] = self.given[name], not self.enumerated
 
     def _pyro_post_sample(self, msg: Site) -> None:
         if site_is_subsample(msg):
@@ -128,7 +129,9 @@ def draw(pair: Pair, num_particles: int, data: Arguments | None = None) -> Draws
         with particles(num_particles, pair), Record({}) as record:
             data.call(pair.guide)
         log_q = _per_particle(record.log_prob, num_particles, pair.nesting)
-        return Draws(record.values, log_q, record.indices)
+        # A point may be a parameter itself, and would move with it.
+        values = record.values | {name: record.values[name].clone() for name in pair.points}
+        return Draws(values, log_q, record.indices)
     singles: list[Record] = []
     for _ in range(num_particles):
         with Record(singles[0].indices if singles else {}) as record:

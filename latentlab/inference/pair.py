@@ -144,15 +144,16 @@ class Pair:
         return self.local_plate() in {plate[0] for plate in self.plates.get(site, ())}
 
     def parameters(self) -> dict[str, Tensor]:
-        """Unconstrained leaf tensors to optimise, by name.
+        """Unconstrained leaf tensors to optimise, each of them once, by name.
 
         Those of the parameter store (``pyro.param``, ``PyroModule``, ``pyro.module``), and those
         of a guide of ours, which does without the store.
         """
-        found = dict(self.store["params"])
+        found: dict[str, Tensor] = dict(self.store["params"])
         if isinstance(self.guide, GaussianGuide):
             found |= {f"guide.{name}": value for name, value in self.guide.named_parameters()}
-        return found
+        first = {id(value): name for name, value in reversed(found.items())}
+        return {n: v for n, v in found.items() if v.requires_grad and first[id(v)] == n}
 
 
 def latents_of(trace: Trace) -> dict[str, Any]:

@@ -217,7 +217,8 @@ class Posterior:
         for site, draws in self._aligned(num_samples, seed).draws.items():
             flat = draws.reshape(len(draws), -1).double()
             quantiles = flat.quantile(torch.tensor([0.05, 0.5, 0.95]).to(flat), dim=0)
-            sd = flat.std(0)
+            unit = flat.abs().amax(0).clamp_min(1e-300)  # the square of a tiny number is zero
+            sd = unit * (flat / unit).std(0)
             for i, label in enumerate(self._labels(site, tuple(draws.shape[1:]))):
                 row = [flat[:, i].mean(), sd[i], *quantiles[:, i], sd[i] / len(flat) ** 0.5]
                 rows.append([site, label, *map(float, row)])

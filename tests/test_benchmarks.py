@@ -1,0 +1,43 @@
+"""The benchmarks still run; what they measure, they say when they are called by name."""
+
+import math
+
+import pytest
+from benchmarks import Table, Timing, svi, take_turns
+
+
+@pytest.mark.parametrize("name", svi.cases())
+def test_both_sides_of_a_step_run(name):
+    model, data, enumerates = svi.cases()[name]
+    svi.our_steps(model, data)(2)
+    svi.pyro_steps(model, data, enumerates, validates=True)(2)
+
+
+def test_turns_are_taken_by_all_and_give_the_work_its_time():
+    def work(weight):
+        return lambda calls: [sum(range(weight)) for _ in range(calls)]
+
+    found = take_turns({"one": work(2000), "four": work(8000)}, turns=5, seconds=0.01)
+    assert [len(timing.seconds) for timing in found.values()] == [5, 5]
+    assert 2 < found["four"].times(found["one"]).median < 8
+
+
+def test_ratios_are_taken_turn_by_turn():
+    ratio = Timing([2.0, 6.0, 9.0]).times(Timing([1.0, 2.0, 9.0]))
+    assert ratio.seconds == [2, 3, 1]
+    assert svi.spread(ratio) == "2.00 (1.00 to 3.00)"
+    assert math.isclose(ratio.median, 2)
+
+
+def test_a_table_is_markdown():
+    table = Table("Title", ["a note"], ["case", "us"], [["short", "1"], ["a longer one", "20"]])
+    assert str(table).splitlines() == [
+        "# Title",
+        "",
+        "- a note",
+        "",
+        "| case         | us |",
+        "|--------------|----|",
+        "| short        | 1  |",
+        "| a longer one | 20 |",
+    ]
