@@ -1,4 +1,4 @@
-"""latentlab fits latent-variable models written as Pyro pairs, and says whether to believe the fit."""
+"""Fit latent-variable models written as Pyro pairs, and learn whether to believe the fit."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -271,6 +271,17 @@ def test_a_latent_without_finite_support_cannot_be_summed_out():
     assert fault.startswith("site 'n': is discrete (Poisson) with no finite support")
 
 
+def test_more_labels_than_a_tensor_has_dimensions_are_refused():
+    def chain(x):
+        rate = pyro.sample("rate", dist.Beta(2.0, 2.0))
+        for t in range(70):
+            z = pyro.sample(f"z{t}", dist.Bernoulli(rate))
+            pyro.sample(f"x{t}", dist.Normal(z, 1.0), obs=x[0])
+
+    fault = only_fault(chain, X)
+    assert fault.startswith("the model has 70 discrete sites, each of which takes a dimension")
+
+
 # ---- plates and mini-batches ------------------------------------------------------------------
 
 

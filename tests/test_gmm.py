@@ -381,7 +381,7 @@ def test_one_step_of_expectation_maximisation_by_hand():
             mean = (share * cells).sum() / count
             variance = ((share * cells**2).sum() + 0.5 * 0.25) / count - mean**2
             assert locs[k, d].item() == pytest.approx(mean)
-            assert scales[k, d].item() == pytest.approx(math.sqrt(max(variance, 0.05**2)))
+            assert scales[k, d].item() == pytest.approx(math.sqrt(variance))
 
 
 @pytest.mark.filterwarnings("ignore:x. (constant|all)")
@@ -492,7 +492,7 @@ def test_affinity_is_the_integral_of_the_root_of_both_densities(seed):
         ([0.985, 0.015], [0.0, 5.0], ["component 1 holds fewer than 2 rows .* 1.1 of 2"]),
         ([0.5, 0.5], [0.0, 0.01], ["components 0 and 1 are the same .* 1.0 of 2"]),
         ([0.25, 0.25, 0.5], [0.0, 0.0, 9.0], ["components 0 and 1 are the same .* 2.0 of 3"]),
-        ([0.98, 0.01, 0.01], [0.0, 0.0, 9.0], ["1 holds .*, component 2 holds .* 1.1 of 3"]),
+        ([0.98, 0.01, 0.01], [0.0, 9.0, 9.0], ["1 holds .*, component 2 holds .* rows .eff"]),
     ],
 )
 def test_components_that_are_none_are_remarked_on(weights, locs, expected):
@@ -598,7 +598,7 @@ def test_a_mixture_lends_all_there_is(protocol):
 
 @pytest.mark.parametrize(
     ("D", "K", "kind"),
-    [(1, 1, FullRank), (2, 2, FullRank), (99, 2, FullRank), (100, 2, MeanField)],
+    [(1, 1, FullRank), (2, 2, FullRank), (200, 1, FullRank), (100, 2, MeanField)],
 )
 def test_the_default_guide_has_all_correlations_where_they_are_few(D, K, kind):
     assert type(ll.GaussianMixture(D, K).default_guide()) is kind

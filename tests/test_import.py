@@ -103,6 +103,5 @@ one = time.process_time() - begin
 latentlab.fit, latentlab.GaussianMixture, latentlab.load
 print(json.dumps([one, time.process_time() - begin]))
 """
-    package, names = min(fresh(code) for _ in range(3))
-    assert package < 0.05
-    assert names < 0.5
+    costs = (fresh(code) for _ in range(3))  # the best of three, on a busy machine
+    assert any(package < 0.05 and names < 0.5 for package, names in costs)

@@ -797,7 +797,12 @@ def vector_mixture(x):
         pyro.sample("x", dist.Normal(Vindex(locs)[..., label], 1.0), obs=x)
 
 
-@pytest.mark.parametrize("model", [mixture, vector_mixture, schools])
+def scaled_mixture(x):
+    with poutine.scale(scale=torch.tensor(2.0)):
+        vector_mixture(x)
+
+
+@pytest.mark.parametrize("model", [mixture, vector_mixture, scaled_mixture, schools, chain])
 def test_no_value_is_read_back_so_that_the_loss_can_be_traced(model):
     data = (EFFECTS, ERRORS) if model is schools else (numbers(6),)
     pair = prepared(model, data)

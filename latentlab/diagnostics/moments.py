@@ -1,6 +1,7 @@
 r"""How far means and standard deviations of a guide are off, measured with its own weights.
 
-Draws :math:`z_s \sim q` with self-normalised importance weights :math:`w_s` give the target's moments
+Draws :math:`z_s \sim q` with self-normalised importance weights :math:`w_s` give the moments of
+the target
 
 .. math:: m = \sum_s w_s z_s, \qquad v^2 = \sum_s w_s (z_s - m)^2,
 
@@ -20,7 +21,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
@@ -53,7 +53,7 @@ class MomentErrors:
 
     @property
     def worst_ratio(self) -> tuple[int, Estimate]:
-        """The figure whose standard deviation is off most, by its logarithm, and by what factor."""
+        """The figure whose standard deviation is off most, and by what factor."""
         f = int(self.ratio.log().abs().argmax())
         return f, Estimate(float(self.ratio[f]), float(self.ratio_se[f]))
 
@@ -66,9 +66,9 @@ class MomentErrors:
 def moment_errors(draws: ArrayLike | Tensor, log_weights: ArrayLike | Tensor) -> MomentErrors:
     """Errors of a guide's means and standard deviations, by importance weights.
 
-    How to read it: a shift below 0.1 and a ratio between 0.85 and 1.18 are lost in what anyone does
-    with a posterior; a shift above 0.3 or a ratio outside 0.5 to 2 changes conclusions. A ratio
-    below 1 is a guide that is too narrow, as mean-field guides are: try one with correlations.
+    How to read it: a shift below 0.1 and a ratio between 0.85 and 1.18 are lost in what anyone
+    does with a posterior; a shift above 0.3 or a ratio outside 0.5 to 2 changes conclusions. A
+    ratio below 1 is a guide that is too narrow, as mean-field guides are: try correlations.
 
     Arguments:
         draws: of the guide, shape (S, F).

@@ -132,7 +132,8 @@ def prepare(
         with pair.entered(seed=0):
             faults += find.unregistered(pair)
             faults += find.entangled(pair)
-            note = objectives.verify_vectorised(pair)
+            if not any(fault.fatal for fault in faults):
+                note = objectives.verify_vectorised(pair)
     return pair, PairReport(tuple(faults), _describe(pair), (note,) if note else ())
 
 

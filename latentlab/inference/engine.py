@@ -252,7 +252,7 @@ def _climb(
 
 def _agreement(pair: Pair, elbos: list[Estimate], places: list[Place]) -> Restarts:
     """How far the starts agree; how far they are apart is known where a guide has a spread."""
-    if pair.is_point() or not all(place.mean for place in places):
+    if not elbos or pair.is_point() or not all(place.mean for place in places):
         return Restarts(tuple(elbos))
     owner = getattr(pair.model, "__self__", pair.model)
     axes = owner.exchangeable if isinstance(owner, Exchangeable) else {}

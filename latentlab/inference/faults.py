@@ -39,6 +39,9 @@ __all__ = [
 ]
 
 
+_MOST_DIMS = 60  # torch has 64, some of which others need
+
+
 @dataclass(frozen=True)
 class Fault:
     """One thing wrong with a pair: the site it is about, and what to do.
@@ -124,7 +127,14 @@ def model_faults(trace: Trace) -> Iterator[Fault]:
 
 def entangled(pair: Pair) -> Iterator[Fault]:
     """Labels that cannot be summed out exactly as the model has them."""
-    if pair.summed_out:
+    if len(pair.summed_out) + pair.nesting > _MOST_DIMS:
+        yield Fault(
+            "",
+            f"the model has {len(pair.summed_out)} discrete sites, each of which takes a "
+            f"dimension of a tensor, and there are {_MOST_DIMS}; put them into a plate, or take "
+            "a distribution that sums them out, such as pyro's DiscreteHMM",
+        )
+    elif pair.summed_out:
         try:
             with torch.no_grad():
                 objectives.log_weights(pair, 1)
@@ -144,8 +154,11 @@ def unsteady(trace: Trace, other: Trace) -> Iterator[Fault]:
     for name in first:
         if name in second and first[name]["value"].shape != second[name]["value"].shape:
             shapes = tuple(first[name]["value"].shape), tuple(second[name]["value"].shape)
-            yield Fault(name, f"has shape {shapes[0]} in one run of the model and {shapes[1]} in "
-                        "another; give it the largest shape in every run")
+            yield Fault(
+                name,
+                f"has shape {shapes[0]} in one run of the model and {shapes[1]} in another; "
+                "give it the largest shape in every run",
+            )
 
 
 def moving_supports(pair: Pair, trace: Trace, other: Trace) -> Iterator[Fault]:

@@ -299,9 +299,13 @@ def _tell_entangled(
 
 
 def _equal(a: float | Tensor, b: float | Tensor) -> bool:
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return a is b or bool((torch.as_tensor(a) == torch.as_tensor(b)).all())
-    return a == b
+    """Whether two scales are equal; while a pair is traced, as far as can be told."""
+    if not isinstance(a, Tensor) and not isinstance(b, Tensor):
+        return a == b
+    try:
+        return bool((torch.as_tensor(a) == torch.as_tensor(b)).all())
+    except RuntimeError:  # no value can be read; it was when the pair was checked
+        return True
 
 
 def _per_particle(log_prob: Mapping[str, Tensor], num_particles: int, nesting: int) -> Tensor:

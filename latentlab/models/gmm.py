@@ -161,14 +161,14 @@ class GaussianMixture(nn.Module):
                 f"num_components: expected at most the number of rows, got "
                 f"{self.num_components} components for {len(table)} rows"
             )
-        center, spread = _mean_and_sd(table.x.double())
+        center, spread = _mean_and_sd(table.x)
         warn_constant(table)
         _warn_far(table, spread)
         # Where rounding alone tells rows apart, a column's size is its scale, one if it is zero.
         rounding = 8 * torch.finfo(table.x.dtype).eps * center.abs()
         size_of = torch.where(center == 0, 1.0, center.abs())
-        self.center = center.to(table.x.dtype)
-        self.spread = torch.where(spread > rounding, spread, size_of).to(table.x.dtype)
+        self.center = center
+        self.spread = torch.where(spread > rounding, spread, size_of)
         self.num_rows = torch.tensor(len(table) if size is None else size)
         return self
 
@@ -361,9 +361,9 @@ def _far_rows(y: Tensor, num_components: int, generator: Generator) -> Tensor:
 def _expectation_maximisation(
     y: Tensor, locs: Tensor, max_iter: int = 100
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Maximise the likelihood of standardised rows from given means, with a floor on scales."""
+    """Maximise the likelihood of standardised rows from given means."""
     K, D = locs.shape
-    # A small pseudo-count at the overall mean and scale keeps an emptying component alive.
+    # A pseudo-count at mean 0 and scale 1/2 keeps components from emptying, and scales from zero.
     prior = 0.5
     weights, scales = y.new_full((K,), 1 / K), y.new_full((K, D), 0.5)
     seen, filled = (~y.isnan()).to(y), y.nan_to_num(0.0)
@@ -374,8 +374,7 @@ def _expectation_maximisation(
         held = (resp := joint.softmax(-1)).sum(0) + prior
         counts = resp.T @ seen + prior  # (K, D)
         locs = resp.T @ filled / counts
-        variance = (resp.T @ filled**2 + prior * 0.25) / counts - locs**2
-        scales = variance.clamp_min(0.05**2).sqrt()
+        scales = ((resp.T @ filled**2 + prior * 0.25) / counts - locs**2).sqrt()
         weights = held / held.sum()
         if total - previous < 1e-6:
             break
