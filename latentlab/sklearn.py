@@ -75,7 +75,7 @@ class GaussianMixture(DensityMixin, BaseEstimator):
         converged_: whether the fit converged; if not, there was a ``ConvergenceWarning``.
         n_iter_: steps of the start that won.
         lower_bound_: evidence lower bound in nats per row; ``posterior_.elbo`` has its error.
-        lower_bounds_: the same at each step, from few draws, shape (n_iter_,).
+        lower_bounds_: the same at each step, from few draws, shape ``(n_iter_,)``.
         n_features_in_: number of columns D.
         feature_names_in_: their names, where ``X`` has names, shape (D,).
         posterior_: the :class:`latentlab.Posterior`, in the units of ``X``.

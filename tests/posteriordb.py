@@ -1,4 +1,4 @@
-"""Six models of posteriordb written as Pyro programs, with the reference posteriors to compare with.
+"""Six models of posteriordb written as Pyro programs, with the reference posteriors.
 
 The data and the summaries of 10,000 reference draws are not part of the project.
 
@@ -47,14 +47,16 @@ class OrderedNormal(dist.TorchDistribution):
 
 
 class HiddenChain(dist.TorchDistribution):
-    """A hidden chain with normal emissions of scale 1; every first state counts one, as in Stan."""
+    """A hidden chain with normal emissions of scale 1; each first state counts one."""
 
     arg_constraints = {}
     support = constraints.real_vector
 
     def __init__(self, transitions, locs, length):
         self.transitions, self.locs = transitions, locs
-        super().__init__(torch.broadcast_shapes(transitions.shape[:-2], locs.shape[:-1]), (length,))
+        super().__init__(
+            torch.broadcast_shapes(transitions.shape[:-2], locs.shape[:-1]), (length,)
+        )
 
     def log_prob(self, value):
         emitted = dist.Normal(self.locs[..., None, :], 1.0).log_prob(value[..., None])
@@ -137,22 +139,35 @@ def _sites(*names):
 
 _CASES = {
     "eight_schools-eight_schools_noncentered": (
-        eight_schools, lambda d: (d["y"], d["sigma"]), _schools,
+        eight_schools,
+        lambda d: (d["y"], d["sigma"]),
+        _schools,
     ),
     "kidiq-kidscore_interaction": (
         kidscore,
         lambda d: (
-            torch.stack([torch.ones_like(d["mom_iq"]), d["mom_hs"], d["mom_iq"],
-                         d["mom_hs"] * d["mom_iq"]], -1),
+            torch.stack(
+                [
+                    torch.ones_like(d["mom_iq"]),
+                    d["mom_hs"],
+                    d["mom_iq"],
+                    d["mom_hs"] * d["mom_iq"],
+                ],
+                -1,
+            ),
             d["kid_score"],
         ),
         _sites("beta", "sigma"),
     ),
     "low_dim_gauss_mix-low_dim_gauss_mix": (
-        two_normals, lambda d: (d["y"],), _sites("mu", "sigma", "theta"),
+        two_normals,
+        lambda d: (d["y"],),
+        _sites("mu", "sigma", "theta"),
     ),
     "hmm_example-hmm_example": (
-        hidden_chain, lambda d: (d["y"],), _sites("theta1", "theta2", "mu"),
+        hidden_chain,
+        lambda d: (d["y"],),
+        _sites("theta1", "theta2", "mu"),
     ),
     "arK-arK": (
         autoregression,

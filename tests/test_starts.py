@@ -109,8 +109,10 @@ def test_starts_differ_and_repeat():
             pyro.sample("x", dist.Normal(z.abs(), 1.0), obs=x)
 
     x = torch.full((30,), 4.0, dtype=torch.float64)
-    ends = [float(placed(model, x, "full_rank", start).free_mean().detach()) for start in range(12)]
-    again = [float(placed(model, x, "full_rank", start).free_mean().detach()) for start in range(12)]
+    ends, again = (
+        [float(placed(model, x, "full_rank", start).free_mean().detach()) for start in range(12)]
+        for _ in range(2)
+    )
     assert ends == again
     assert min(ends) < -3.5
     assert max(ends) > 3.5

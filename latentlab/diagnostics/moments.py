@@ -58,7 +58,8 @@ class MomentErrors:
         return f, Estimate(float(self.ratio[f]), float(self.ratio_se[f]))
 
     def __str__(self) -> str:
-        return f"mean off by {self.worst_shift[1]} sd, sd by a factor {self.worst_ratio[1]} at most"
+        shift, ratio = self.worst_shift[1], self.worst_ratio[1]
+        return f"mean off by {shift} sd, sd by a factor {ratio} at most"
 
     __repr__ = __str__
 

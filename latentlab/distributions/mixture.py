@@ -130,7 +130,7 @@ class DiagonalGaussianMixture(TorchDistribution):
         return self.component_log_prob(x).softmax(-1)
 
     def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
-        """Draws, shape (*sample_shape, *batch_shape, D)."""
+        """Draws, shape ``(*sample_shape, *batch_shape, D)``."""
         shape = self._extended_shape(Size(sample_shape))
         with torch.no_grad():
             K, D = self.locs.shape[-2:]
@@ -142,13 +142,13 @@ class DiagonalGaussianMixture(TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        """Mean of a row, shape (*batch_shape, D)."""
+        """Mean of a row, shape ``(*batch_shape, D)``."""
         mean = (self.weights[..., None] * self.locs).sum(-2)
         return mean.expand(*self.batch_shape, -1)
 
     @property
     def variance(self) -> Tensor:
-        """Variance of each column, shape (*batch_shape, D)."""
+        """Variance of each column, shape ``(*batch_shape, D)``."""
         mean = (self.weights[..., None] * self.locs).sum(-2, keepdim=True)
         spread = self.scales**2 + (self.locs - mean) ** 2
         return (self.weights[..., None] * spread).sum(-2).expand(*self.batch_shape, -1)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro.infer.autoguide import AutoGuide
 
 from latentlab.data.checks import as_count, as_seed
 from latentlab.diagnostics import Estimate
@@ -93,16 +94,30 @@ def fit(
         >>> posterior.sample(5)["locs"].shape
         torch.Size([5, 2, 2])
     """
-    begin = time.perf_counter()
-    settings = _Settings.checked(batch_size, num_restarts, num_particles, max_steps, lr, tol, seed)
+    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
+        return _fit(
+            *(model, data, guide),
+            _Settings.checked(batch_size, num_restarts, num_particles, max_steps, lr, tol, seed),
+            progress,
+        )
+
+
+def _fit(
+    model: Callable,
+    data: Any,  # noqa: ANN401
+    guide: Any,  # noqa: ANN401
+    settings: _Settings,
+    progress: bool | None,
+) -> Posterior:
+    begin, seed = time.perf_counter(), settings.seed
     pair, report = prepare(model, data, guide)
     if not report.ok:
         raise ValueError(_refusal(report.faults))
     for fault in report.faults:
-        warnings.warn(str(fault), stacklevel=2)
+        warnings.warn(str(fault), stacklevel=3)
     batch_size = _batch_size(pair, settings.batch_size)
     enter = pair.entered(stream(seed, "fit"))
-    with _progress(progress, max_steps) as tick, enter, _threads(pair, batch_size):
+    with _progress(progress, settings.max_steps) as tick, enter, _threads(pair, batch_size):
         climb, restarts = _climb(pair, settings, batch_size, tick)
         elbo = _final_elbo(pair, seed)
     _log.info("fit ended: %s", climb.stop_reason)
@@ -177,7 +192,7 @@ def _batch_size(pair: Pair, batch_size: int | None) -> int | None:
             "batch_size: the model must accept size=..., the number of rows a batch stands for; "
             "write model(x=None, size=None) with rows(x, size)"
         )
-    if isinstance(pair.guide, GaussianGuide) and pair.local_plate():
+    if isinstance(pair.guide, GaussianGuide | AutoGuide) and pair.local_plate():
         raise ValueError(
             f"batch_size: latents are local to plate {pair.local_plate()!r}, which this guide "
             "cannot follow through mini-batches; write a guide that computes them from the batch"
@@ -185,7 +200,7 @@ def _batch_size(pair: Pair, batch_size: int | None) -> int | None:
     if batch_size > len(tensors[0]):
         warnings.warn(
             f"batch_size: {batch_size} is more than the {len(tensors[0])} rows; all are taken",
-            stacklevel=3,
+            stacklevel=4,
         )
         return None
     return batch_size if batch_size < len(tensors[0]) else None
@@ -196,8 +211,7 @@ def _batches(pair: Pair, batch_size: int | None, seed: int) -> Callable[[int], A
     if batch_size is None:
         return lambda step: pair.data
     num_rows = len(pair.data.tensors()[0])
-    takes_size = accepts_size(pair.guide) if not isinstance(pair.guide, GaussianGuide) else True
-    if not takes_size:
+    if not isinstance(pair.guide, GaussianGuide | AutoGuide) and not accepts_size(pair.guide):
         raise ValueError("batch_size: the guide must accept size=..., as the model does")
 
     def batch(step: int) -> Arguments:

@@ -392,12 +392,13 @@ def _with_prior(pair: Pair, drawn: Draws) -> Draws:
             pair.data.call(pair.model)
         indices = indices or record.indices
         priors.append(record.values)
-    values = {}
+    values, ours = {}, isinstance(pair.guide, GaussianGuide)
     for latent in pair.latents:
         num_dims = pair.nesting + len(latent.event_shape)
         prior = torch.stack([_with_dims(draw[latent.name], num_dims) for draw in priors])
-        values[latent.name] = torch.cat([drawn.values[latent.name], prior])
-    return Draws(values, torch.zeros(2 * len(drawn)), indices)
+        # A guide of ours is not placed yet: its standard normal is nowhere, in the data's units.
+        values[latent.name] = prior if ours else torch.cat([drawn.values[latent.name], prior])
+    return Draws(values, torch.zeros(len(drawn) if ours else 2 * len(drawn)), indices)
 
 
 def _agree(together: Tensor, one_by_one: Tensor) -> bool:

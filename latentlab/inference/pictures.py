@@ -92,9 +92,8 @@ def _forest(group: pd.DataFrame, ax: Any = None) -> Any:  # noqa: ANN401
     from latentlab.report.plots import plot_intervals
 
     labels = [label or "value" for label in group["index"]]
-    return plot_intervals(
-        labels, *(group[c].to_numpy() for c in ("mean", "q05", "q95")), ax=ax
-    )
+    mean, low, high = (group[c].to_numpy() for c in ("mean", "q05", "q95"))
+    return plot_intervals(labels, mean, low, high, ax)
 
 
 def _khat(posterior: Posterior) -> Any:  # noqa: ANN401
@@ -122,8 +121,8 @@ def _predictive(posterior: Posterior) -> Any:  # noqa: ANN401
     name, observed = next(iter(tables.items()))
     replicates = posterior.predict(_REPLICATES)[name].numpy(force=True)
     replicates = replicates.reshape(len(replicates), len(observed), -1)
-    labels = [", ".join(label) for label in zip(*posterior._coords(name, observed.shape)[1:2])]
-    names = labels or [name]
+    coords = posterior._coords(name, observed.shape)[1:2]
+    names = coords[0] if coords else [name]
     if len(names) != replicates.shape[-1]:
         names = [f"{name}[{i}]" for i in range(replicates.shape[-1])]
     return plot_predictive(observed.reshape(len(observed), -1), replicates, names)
@@ -134,7 +133,8 @@ def _tables(posterior: Posterior) -> dict[str, np.ndarray]:
     if not posterior.has_data:
         return {}
     observed = posterior._observed()
-    return {k: v.numpy(force=True) for k, v in observed.items() if v.dim() and v.is_floating_point()}
+    tables = {k: v for k, v in observed.items() if v.dim() and v.is_floating_point()}
+    return {k: v.numpy(force=True) for k, v in tables.items()}
 
 
 def _data_section(posterior: Posterior) -> list[Section]:
@@ -180,7 +180,7 @@ def _trust_section(posterior: Posterior, verdict: Verdict) -> Section:
     from latentlab.report import Section
 
     table = pd.DataFrame(verdict.evidence.items(), columns=["evidence", "figure"])
-    figures = ()
+    figures: tuple[Any, ...] = ()
     if posterior.has_data and any(name.startswith("k-hat") for name in verdict.evidence):
         figures = (_figure(_khat(posterior)),)
     return Section(

@@ -63,7 +63,8 @@ class Restarts:
             return "one start: agreement of starts is not known"
         parts = [f"best optimum in {self.num_agreeing} of {len(self.elbos)} starts"]
         if self.num_elsewhere:
-            parts.append(f"another as good, {max(self.apart):.0f} sd away, in {self.num_elsewhere}")
+            far = max(self.apart)
+            parts.append(f"another as good, {far:.0f} sd away, in {self.num_elsewhere}")
         best = max(e.value for e in self.elbos)
         behind = sorted(best - e.value for e in self.elbos)[len(self._as_high()) :]
         worse = [gap for gap in behind if math.isfinite(gap)]

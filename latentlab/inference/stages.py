@@ -198,8 +198,9 @@ class Climb:
         return stationary
 
     def _adam(self, parameters: list[Tensor], rate: float) -> torch.optim.Optimizer:
-        # Adam steps by the sign of a gradient even if that is nothing but rounding. In the frame of
-        # a guide of ours, where the curvature is about one, this eps makes small steps Newton's.
+        # Adam steps by the sign of a gradient even if that is nothing but rounding. In the frame
+        # of a guide of ours, where the curvature is about one, this eps makes small steps
+        # Newton's.
         eps = rate if isinstance(self.pair.guide, GaussianGuide) else 1e-8
         return torch.optim.Adam(parameters, lr=rate, eps=eps, fused=True)
 
