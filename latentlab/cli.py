@@ -105,12 +105,11 @@ def _fit_gmm(
     are missing and integrated out. Ctrl-C ends the climb; what it reached is judged and written.
     """
     with _bad_input():
-        from latentlab.data.checks import as_rows, warn_constant
+        from latentlab.data.checks import as_rows
 
         table = ll.data.load(data, _listed(columns))
         table = as_rows(table, argument=str(data), allow_missing=True)
         model = ll.GaussianMixture(table.x.shape[1], components)
-    warn_constant(table, argument=str(data))
     settings = {"guide": guide, "num_restarts": num_restarts, "max_steps": max_steps, "seed": seed}
     _fit(model, table, out, settings, as_json=as_json)
 
@@ -442,7 +441,7 @@ def _print_summary(summary: pd.DataFrame, file: str) -> None:
 
 
 def _rounded(value: float, sd: float) -> str:
-    """To a hundredth of the standard deviation: 1000000004.29 where four digits would say 1e9."""
+    """To two digits of the standard deviation, however far from zero the value is."""
     if not (sd > 0 and value != 0 and math.isfinite(value)):
         return f"{value:.4g}"
     digits = math.floor(math.log10(abs(value))) - math.floor(math.log10(sd)) + 2

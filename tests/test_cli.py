@@ -120,8 +120,8 @@ def test_the_command_alone_says_what_there_is():
 def test_help_loads_nothing_heavy():
     code = (
         "import sys, latentlab.cli\n"
-        "heavy = {'torch', 'pyro', 'numpy', 'pandas', 'sklearn', 'matplotlib', 'arviz', 'jinja2'}\n"
-        "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
+        "heavy = {'torch', 'pyro', 'numpy', 'pandas', 'sklearn', 'matplotlib', 'arviz'}\n"
+        "sys.exit(', '.join(heavy & set(sys.modules)))"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.stderr == ""
@@ -177,25 +177,18 @@ def test_json_is_one_object_and_the_same_seed_the_same_numbers(again, folder):
     )
 
 
-def test_another_seed_gives_other_numbers(data, folder, tmp_path):
-    run("fit", "gmm", data, "--components", 2, *QUICK, "--seed", 1, "--out", tmp_path / "1")
-    run("fit", "gmm", data, "--components", 2, *QUICK, "--seed", 2, "--out", tmp_path / "2")
-    one, two = (ll.load(tmp_path / name) for name in "12")
-    assert (one.seed, two.seed) == (1, 2)
-    assert not torch.equal(one.losses, two.losses)
-
-
 def test_columns_are_taken_in_the_order_they_are_named(tmp_path):
     """Names are what they are: commas in quotes, no markup, no emoji."""
     x = ll.data.simulate.eruptions(30).x.numpy()
     frame = pd.DataFrame({"[red]mass, g": x[:, 0], "kind": "a", ":smile:": x[:, 1]})
     frame.to_csv(tmp_path / "x.csv", index=False)
     columns = '":smile:","[red]mass, g"'
-    words = ("--components", 1, "--columns", columns, *QUICK)
+    words = ("--components", 1, "--columns", columns, "--seed", 7, *QUICK)
     ended = run("fit", "gmm", tmp_path / "x.csv", *words, "--out", tmp_path / "run")
     assert ended.code == 0
     posterior = ll.load(tmp_path / "run")
     assert posterior.names == (":smile:", "[red]mass, g")
+    assert posterior.seed == 7
     locs = posterior.sample(1)["locs"][0, 0]
     np.testing.assert_allclose(locs, x.mean(0)[::-1], rtol=0.1)
     assert "0, [red]mass, g" in ended.out
@@ -231,12 +224,14 @@ def test_a_fit_not_to_be_used_ends_with_1_and_is_written(data, tmp_path, monkeyp
 
 
 def test_a_fit_that_diverges_ends_with_1_and_one_line(data, tmp_path, monkeypatch):
+    error = ll.FitDivergedError(step=7, site="locs", value=float("nan"))
+
     def diverge(*_, **__):
-        raise ll.FitDivergedError("step 7: site 'locs' is nan")
+        raise error
 
     monkeypatch.setattr("latentlab.inference.engine.fit", diverge)
     ended = run("fit", "gmm", data, "--components", 2, "--out", tmp_path / "run")
-    assert ended == Ended(1, "", "latentlab: step 7: site 'locs' is nan\n")
+    assert ended == Ended(1, "", f"latentlab: {error}\n")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -302,13 +297,14 @@ def test_old_faithful_from_a_file_to_a_verdict(unit, shift, maximum_likelihood, 
     assert f"<title>{level}: " in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
-def test_demo_needs_nothing_and_leaves_data_to_go_on_with(tmp_path):
-    ended = process("demo", cwd=tmp_path)
-    assert (ended.returncode, ended.stderr) == (0, "")
-    folder = tmp_path / "latentlab-demo"
+def test_demo_needs_nothing_and_leaves_data_to_go_on_with(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ended = run("demo")
+    assert (ended.code, ended.err) == (0, "")
+    folder = Path("latentlab-demo")
     assert {path.name for path in folder.iterdir()} == FILES | {"iris.csv"}
-    assert ended.stdout.splitlines()[0] in ("use", "use with care")
-    assert f"  {Path('latentlab-demo') / 'report.html'}\n" in ended.stdout
+    assert ended.out.splitlines()[0] in ("use", "use with care")
+    assert f"  {folder / 'report.html'}\n" in ended.out
     assert run("check", folder, "--data", folder / "iris.csv").code == 0
 
 
@@ -375,7 +371,7 @@ def test_components_are_numbered_as_in_the_summary(folder, data, tmp_path):
 
 
 def test_rows_keep_their_order_and_columns_are_matched_by_name(folder, data, tmp_path):
-    """CSV and Parquet say the same; a missing cell and a first column of row names are no fault."""
+    """CSV and Parquet say the same; missing cells and a first column of row names are no fault."""
     frame = pd.read_csv(data).assign(rownames=range(150)).sample(frac=1, random_state=0)
     frame = frame[["rownames", "waiting", "eruptions"]]
     frame.to_csv(tmp_path / "shuffled.csv", index=False)
@@ -487,7 +483,7 @@ def test_a_broken_file_is_named_in_one_line(name, tmp_path):
     [
         (["--components", "0"], "components"),
         (["--components", "-1"], "components"),
-        (["--components", "2.5"], "2.5"),
+        (["--components", "2.5"], "'--components'"),
         (["--components", "x"], "'--components'"),
         (["--components"], "--components"),
         ([], "--components"),
@@ -588,8 +584,9 @@ def test_a_place_that_cannot_be_written_to_is_found_before_the_fit(data, folder,
         refused(run("fit", "gmm", data, "--components", 2, "--out", place), str(place))
         refused(run("demo", "--out", place), str(place))
     for place in (data / "labels.csv", tmp_path / "labels.txt", tmp_path / "labels"):
-        refused(run("predict", folder, data, "--out", place), "labels")
-        refused(run("sample", folder, "-n", 1, "--out", place), "labels")
+        parent = str(data if place.parent == data else place)
+        refused(run("predict", folder, data, "--out", place), parent)
+        refused(run("sample", folder, "-n", 1, "--out", place), parent)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -611,28 +608,20 @@ def test_predictions_do_not_overwrite_their_data(folder, data):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize("method", ["report", "to_arviz", "save"])
-def test_what_fails_while_it_is_written_leaves_the_old_results(
-    method, error, data, tmp_path, monkeypatch
-):
+def test_what_fails_while_it_is_written_leaves_the_old_results(error, data, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise error
 
-    words = ["fit", "gmm", data, "--components", 2, *QUICK]
-    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(ll.Posterior, "to_arviz", fail)  # after the report, before the model
     for name in FILES:
-        (tmp_path / "run" / name).write_text("old")
-    monkeypatch.setattr(ll.Posterior, method, fail)
-    old, new = (run(*words, "--out", tmp_path / name) for name in ("run", "new"))
-    assert old == new
+        (tmp_path / name).write_text("old")
+    ended = run("fit", "gmm", data, "--components", 2, *QUICK, "--out", tmp_path)
     if isinstance(error, KeyboardInterrupt):
-        assert old == Ended(130, "", "")
+        assert ended == Ended(130, "", "")
     else:
-        refused(old, "No space left on device")
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    assert {path.name: path.read_text() for path in (tmp_path / "run").iterdir()} == dict.fromkeys(
-        FILES, "old"
-    )
+        refused(ended, "No space left on device")
+    found = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert found == dict.fromkeys(FILES, "old")
 
 
 @pytest.mark.parametrize("method", ["warm_up", "until_converged"])
@@ -641,7 +630,8 @@ def test_ctrl_c_ends_the_climb_and_keeps_what_it_reached(method, data, tmp_path,
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Climb, method, interrupt)
-    ended = run("fit", "gmm", data, "--components", 2, "--out", tmp_path / "run")
+    words = ("--components", 2, "--num-restarts", 1, "--out", tmp_path / "run")
+    ended = run("fit", "gmm", data, *words)
     assert (ended.code, ended.err) == (130, "")
     assert "interrupted" in ended.out
     posterior = ll.load(tmp_path / "run")

@@ -26,7 +26,7 @@ NAN = float("nan")
 
 @pytest.fixture(scope="module")
 def eruptions():
-    return ll.data.simulate.eruptions(200, seed=1)
+    return ll.data.simulate.eruptions(200)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def posterior(eruptions):
 
 
 def fit(model, x, max_steps=2500, **settings):
-    return ll.fit(model, x, seed=1, seed=2, num_restarts=1, max_steps=max_steps, progress=False, **settings)
+    return ll.fit(model, x, num_restarts=1, max_steps=max_steps, progress=False, **settings)
 
 
 def latents(rng, K, D, batch=()):
@@ -87,7 +87,7 @@ def test_the_log_joint_is_that_of_the_docstring(seed, K, D, concentration, missi
 
 
 def test_a_prior_draw_has_the_shape_of_rows():
-    torch.manual_seed(300)
+    torch.manual_seed(0)
     model = ll.GaussianMixture(3, 2)
     assert model(size=5).shape == (5, 3)
     trace = poutine.trace(model).get_trace(size=4)
@@ -99,7 +99,7 @@ def test_a_prior_draw_has_the_shape_of_rows():
 
 def test_a_prior_draw_spans_the_units_of_the_data():
     """Columns far from each other in unit: each draw lies within its own."""
-    torch.manual_seed(300)
+    torch.manual_seed(0)
     x = torch.randn(50, 2, dtype=torch.float64) * torch.tensor([1e-6, 1e6]).double() + 5e6
     draws = ll.GaussianMixture(2, 2).scale_to(x)(size=2000)
     standard = (draws - x.mean(0)) / x.std(0, correction=0)
@@ -109,7 +109,7 @@ def test_a_prior_draw_spans_the_units_of_the_data():
 
 def test_a_batch_stands_for_the_whole_data_set():
     """Batches that part the rows have, on average, the log-likelihood of all of them."""
-    rng = np.random.default_rng(300)
+    rng = np.random.default_rng(0)
     x = torch.from_numpy(rows_of(rng, 12, 2, missing=0.2))
     model, values = ll.GaussianMixture(2, 3).scale_to(x), latents(rng, 3, 2)
     whole = log_joint(model, values, x, site="x")
@@ -135,8 +135,8 @@ def test_components_are_exchangeable(seed):
 
 def test_a_component_on_one_row_has_a_bounded_density():
     """Without the floor the likelihood has no maximum; scales below it gain nothing."""
-    x = torch.from_numpy(rows_of(np.random.default_rng(301), 30, 1))
-    model, values = ll.GaussianMixture(1, 2).scale_to(x), latents(np.random.default_rng(302), 2, 1)
+    x = torch.from_numpy(rows_of(np.random.default_rng(1), 30, 1))
+    model, values = ll.GaussianMixture(1, 2).scale_to(x), latents(np.random.default_rng(2), 2, 1)
     values["locs"][0] = x[3]
 
     def value_at(scale):
@@ -189,7 +189,7 @@ def test_a_fit_follows_the_units_of_the_data(posterior, eruptions):
 @pytest.mark.parametrize("unit", [1e-200, 1.0, 1e135])
 @pytest.mark.parametrize("offset", [0.0, -30.0, 1e12])
 def test_priors_sit_on_mean_and_sd_of_the_columns(unit, offset):
-    x = rows_of(np.random.default_rng(303), 50, 3, missing=0.1) + offset
+    x = rows_of(np.random.default_rng(3), 50, 3, missing=0.1) + offset
     model = ll.GaussianMixture(3, 2).scale_to(torch.from_numpy(x * unit))
     exact = x - offset  # what float64 holds of it, less the offset
     np.testing.assert_allclose(
@@ -201,7 +201,7 @@ def test_priors_sit_on_mean_and_sd_of_the_columns(unit, offset):
 
 
 def test_float32_rows_far_from_the_origin_keep_their_spread():
-    x = (torch.randn(300, 2, generator=torch.Generator().manual_seed(300)) * 40 + 1e6).float()
+    x = (torch.randn(300, 2, generator=torch.Generator().manual_seed(0)) * 40 + 1e6).float()
     model = ll.GaussianMixture(2, 2).scale_to(x)
     assert model.spread.dtype == torch.float32
     np.testing.assert_allclose(model.spread, x.double().std(0, correction=0), rtol=1e-6)
@@ -246,7 +246,7 @@ def test_scaling_twice_is_scaling_once():
 
 
 def test_row_26_a_far_value_is_named_with_its_row_and_column():
-    x = torch.from_numpy(rows_of(np.random.default_rng(304), 100, 2, missing=0.1))
+    x = torch.from_numpy(rows_of(np.random.default_rng(4), 100, 2, missing=0.1))
     x[17, 1] = 2e8
     with pytest.warns(UserWarning, match=r"^x: row 17 of column 'mass' \(2e\+08\) ") as caught:
         ll.GaussianMixture(2, 2).scale_to(Table(x, ("length", "mass")))
@@ -257,10 +257,10 @@ def test_row_26_a_far_value_is_named_with_its_row_and_column():
 @pytest.mark.parametrize(
     "x",
     [
-        np.random.default_rng(305).standard_t(3, size=(2000, 2)),
-        np.random.default_rng(306).lognormal(size=(2000, 2)),
-        np.random.default_rng(307).normal(size=(300, 1)) + 50 * (np.arange(300) % 2)[:, None],
-        np.where(np.random.default_rng(308).random((300, 1)) < 0.9, 0.0, 5.0),
+        np.random.default_rng(5).standard_t(3, size=(2000, 2)),
+        np.random.default_rng(6).lognormal(size=(2000, 2)),
+        np.random.default_rng(7).normal(size=(300, 1)) + 50 * (np.arange(300) % 2)[:, None],
+        np.where(np.random.default_rng(8).random((300, 1)) < 0.9, 0.0, 5.0),
         np.array([[1.0], [2.0]]),
     ],
     ids=["t", "lognormal", "two clusters", "mostly zero", "two rows"],
@@ -288,7 +288,7 @@ def clusters(rng, N, missing=0.0):
 @pytest.mark.parametrize("missing", [0.0, 0.3])
 def test_a_start_finds_separate_clusters(missing):
     """Cells that are missing are left out, not filled in: means and scales do not shrink."""
-    x, locs = clusters(np.random.default_rng(309), 300, missing)
+    x, locs = clusters(np.random.default_rng(9), 300, missing)
     found = 0
     for seed in range(10):
         values = ll.GaussianMixture(2, 3).scale_to(x).starting_values(x, seed=seed)
@@ -301,7 +301,7 @@ def test_a_start_finds_separate_clusters(missing):
 
 
 def test_starts_of_shuffled_rows_are_as_good():
-    x, _ = clusters(np.random.default_rng(310), 150)
+    x, _ = clusters(np.random.default_rng(10), 150)
     model = ll.GaussianMixture(2, 3).scale_to(x)
     best = []
     for rows in (x, x.flip(0), x[torch.randperm(150)]):
@@ -363,7 +363,7 @@ def test_no_step_of_expectation_maximisation_goes_down(seed, K, missing):
 
 def test_one_step_of_expectation_maximisation_by_hand():
     """Observed cells alone count, row by row; half a pseudo-row at mean 0 and scale 1/2."""
-    rng = np.random.default_rng(311)
+    rng = np.random.default_rng(11)
     y = rows_of(rng, 20, 2, missing=0.3)
     seeds = rng.normal(size=(3, 2))
     even = torch.full((3,), 1 / 3, dtype=torch.float64)
@@ -423,7 +423,7 @@ def test_many_rows_are_thinned_by_chance():
 @pytest.mark.parametrize("chunk", [gmm._CHUNK, 1, 40])
 def test_labels_and_densities_are_averages_over_draws(chunk, monkeypatch):
     monkeypatch.setattr(gmm, "_CHUNK", chunk)
-    rng = np.random.default_rng(312)
+    rng = np.random.default_rng(12)
     x, draws = rows_of(rng, 9, 2, missing=0.2), latents(rng, 3, 2, batch=(7,))
     model = ll.GaussianMixture(2, 3).scale_to(torch.from_numpy(x))
     spread = model.spread.numpy()
@@ -443,7 +443,7 @@ def test_labels_and_densities_are_averages_over_draws(chunk, monkeypatch):
 
 
 def test_no_rows_have_no_labels():
-    model, draws = ll.GaussianMixture(2, 3), latents(np.random.default_rng(313), 3, 2, (4,))
+    model, draws = ll.GaussianMixture(2, 3), latents(np.random.default_rng(13), 3, 2, (4,))
     assert model.responsibilities(torch.zeros(0, 2), draws).shape == (0, 3)
     assert model.log_prob(torch.zeros(0, 2), draws).shape == (0,)
 
@@ -451,7 +451,7 @@ def test_no_rows_have_no_labels():
 def test_the_predictive_density_integrates_to_one_in_the_units_of_the_data():
     x = 1e6 * torch.randn(60, 1, dtype=torch.float64) + 3e7
     model = ll.GaussianMixture(1, 2).scale_to(x)
-    draws = latents(np.random.default_rng(314), 2, 1, (5,))
+    draws = latents(np.random.default_rng(14), 2, 1, (5,))
     draws = draws | {"locs": 3e7 + 1e6 * draws["locs"], "scales": 1e6 * draws["scales"]}
     grid = torch.linspace(0, 6e7, 20_001, dtype=torch.float64)
     density = model.log_prob(grid[:, None], draws).exp()
@@ -515,7 +515,7 @@ def test_a_sound_fit_is_not_remarked_on(posterior):
 
 
 def test_more_components_than_clusters_are_not_for_use():
-    x = torch.randn(100, 2, generator=torch.Generator().manual_seed(300), dtype=torch.float64)
+    x = torch.randn(100, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     verdict = fit(ll.GaussianMixture(2, 3), x, max_steps=800).check(1000)
     assert verdict.level != "use"
     assert any("component" in reason for reason in verdict.reasons)
@@ -539,8 +539,8 @@ def test_a_fit_finds_the_truth_behind_the_data(posterior):
 
 def test_a_fit_with_missing_cells_finds_it_too(posterior):
     """One cell in five is lost: means stay, and are less certain."""
-    x = ll.data.simulate.eruptions(200, seed=1).x.clone()
-    x[torch.rand(x.shape, generator=torch.Generator().manual_seed(300)) < 0.2] = NAN
+    x = ll.data.simulate.eruptions(200).x.clone()
+    x[torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.2] = NAN
     lossy = fit(ll.GaussianMixture(2, 2), x)
     draws, whole = lossy.sample(2000)["locs"], posterior.sample(2000)["locs"]
     draws, whole = (d[:, d.mean(0)[:, 0].argsort()] for d in (draws, whole))
@@ -555,7 +555,7 @@ def test_a_fit_with_missing_cells_finds_it_too(posterior):
 
 def test_a_mixture_of_one_is_fitted_checked_and_stored(tmp_path):
     """A simplex of one has no freedom: what is left is a normal, whose posterior is known."""
-    x = ll.data.simulate.eruptions(100, seed=1)
+    x = ll.data.simulate.eruptions(100)
     one = fit(ll.GaussianMixture(2, 1), x)
     draws = one.sample(4000)
     assert (draws["weights"] == 1).all()
@@ -619,7 +619,7 @@ def test_dims_name_every_axis_of_every_site():
 
 
 def test_few_components_are_favoured_by_a_small_concentration():
-    torch.manual_seed(300)
+    torch.manual_seed(0)
     largest = [
         torch.stack(
             [
@@ -637,7 +637,7 @@ def test_few_components_are_favoured_by_a_small_concentration():
 
 @pytest.mark.parametrize("D", [1, 2, 3])
 def test_a_picture_of_the_fit(D):
-    rng = np.random.default_rng(315)
+    rng = np.random.default_rng(15)
     x = torch.from_numpy(rows_of(rng, 40, D, missing=0.1))
     names = [f"column {d}" for d in range(D)]
     ax = ll.GaussianMixture(D, 2).scale_to(x).plot_fit(x, latents(rng, 2, D, (5,)), names)
@@ -676,7 +676,7 @@ def test_row_7_more_components_than_rows():
 
 
 def test_row_22_every_method_names_both_widths():
-    model, draws = ll.GaussianMixture(2, 2), latents(np.random.default_rng(316), 2, 2, (3,))
+    model, draws = ll.GaussianMixture(2, 2), latents(np.random.default_rng(16), 2, 2, (3,))
     x = torch.zeros(5, 3)
     calls = {
         "scale_to": lambda: model.scale_to(x),

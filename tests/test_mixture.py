@@ -91,7 +91,7 @@ def test_draws_of_a_mixture_share_the_rows(seed, K, D, N, per_draw):
     ],
 )
 def test_shapes_broadcast_as_those_of_torch(weights, locs, scales, x):
-    rng = np.random.default_rng(300)
+    rng = np.random.default_rng(0)
     w = torch.from_numpy(rng.dirichlet(np.ones(2), size=weights[:-1]))
     m, s = torch.from_numpy(rng.normal(size=locs)), torch.from_numpy(rng.gamma(3.0, size=scales))
     y = torch.from_numpy(rng.normal(size=x))
@@ -127,7 +127,7 @@ def test_a_missing_cell_is_integrated_out(seed, K, D):
 
 
 def test_the_integral_over_a_missing_cell_is_the_density_of_the_rest():
-    mixture = DiagonalGaussianMixture(*parameters(np.random.default_rng(300), 3, 2))
+    mixture = DiagonalGaussianMixture(*parameters(np.random.default_rng(0), 3, 2))
     grid = torch.linspace(-40, 40, 20_001, dtype=torch.float64)
     rows = torch.stack([torch.full_like(grid, 0.7), grid], -1)
     integral = mixture.log_prob(rows).exp().sum() * (grid[1] - grid[0])
@@ -181,7 +181,7 @@ def test_another_unit_and_origin_shift_the_log_density_by_the_jacobian(seed, exp
 @pytest.mark.parametrize("shift", [0.0, 1e6, -3e7])
 def test_float32_loses_nothing_to_the_origin(shift):
     """Equal to brute force in float64 at the numbers that float32 stores."""
-    rng = np.random.default_rng(301)
+    rng = np.random.default_rng(1)
     weights, locs, scales = (v.float() for v in parameters(rng, 4, 3))
     locs, scales = 10 * locs + shift, 10 * scales
     x = torch.from_numpy(30 * rng.normal(size=(200, 3)) + shift).float()
@@ -206,7 +206,7 @@ def test_rounding_grows_with_the_square_of_the_distance_in_scales(apart):
 @pytest.mark.parametrize("distance", [1e2, 1e8, 1e12])
 def test_row_26_an_extreme_outlier_is_finite_and_has_a_finite_gradient(dtype, distance):
     leaves = [
-        v.to(dtype).requires_grad_() for v in parameters(np.random.default_rng(302), 3, 2)
+        v.to(dtype).requires_grad_() for v in parameters(np.random.default_rng(2), 3, 2)
     ]
     x = torch.tensor([[0.0, 0.0], [distance, 0.0], [-distance, distance]], dtype=dtype)
     log_prob = DiagonalGaussianMixture(*leaves).log_prob(x)
@@ -237,7 +237,7 @@ def test_gradients_are_those_of_brute_force(seed, K, D):
 
 
 def test_second_derivatives_are_those_of_the_first():
-    rng = np.random.default_rng(303)
+    rng = np.random.default_rng(3)
     weights, locs, scales = parameters(rng, 2, 2)
     x = torch.from_numpy(rng.normal(size=(5, 2)))
 
@@ -251,7 +251,7 @@ def test_second_derivatives_are_those_of_the_first():
 
 def test_a_missing_cell_has_no_gradient():
     x = torch.tensor([[0.5, NAN]], dtype=torch.float64, requires_grad=True)
-    mixture = DiagonalGaussianMixture(*parameters(np.random.default_rng(304), 2, 2))
+    mixture = DiagonalGaussianMixture(*parameters(np.random.default_rng(4), 2, 2))
     (slope,) = torch.autograd.grad(mixture.log_prob(x).sum(), x)
     assert slope[0, 0] != 0
     assert slope[0, 1] == 0
@@ -272,9 +272,9 @@ def test_responsibilities_are_bayes_rule(seed, K, D):
 
 
 def test_draws_have_the_mean_and_variance_of_the_mixture():
-    torch.manual_seed(300)
+    torch.manual_seed(0)
     S = 40_000
-    mixture = DiagonalGaussianMixture(*parameters(np.random.default_rng(305), 3, 2, (2,)))
+    mixture = DiagonalGaussianMixture(*parameters(np.random.default_rng(5), 3, 2, (2,)))
     draws = mixture.sample((S,))
     assert draws.shape == (S, 2, 2)
     squares = (draws - mixture.mean) ** 2
@@ -283,8 +283,8 @@ def test_draws_have_the_mean_and_variance_of_the_mixture():
 
 
 def test_draws_come_from_their_density():
-    torch.manual_seed(301)
-    weights, locs, scales = parameters(np.random.default_rng(306), 3, 1)
+    torch.manual_seed(1)
+    weights, locs, scales = parameters(np.random.default_rng(6), 3, 1)
     draws = DiagonalGaussianMixture(weights, locs, scales).sample((5000,))[:, 0]
 
     def cdf(x):
@@ -314,7 +314,7 @@ def test_a_component_of_weight_zero_is_not_there():
 
 
 def test_expanding_repeats_the_density_and_draws_independently():
-    rng = np.random.default_rng(307)
+    rng = np.random.default_rng(7)
     mixture = DiagonalGaussianMixture(*(v[:, None] for v in parameters(rng, 2, 3, (2,))))
     large = mixture.expand((4, 2, 5))
     assert isinstance(large, DiagonalGaussianMixture)
@@ -331,7 +331,7 @@ def test_expanding_repeats_the_density_and_draws_independently():
 
 
 def test_the_dtype_is_the_wider_of_parameters_and_rows():
-    weights, locs, scales = parameters(np.random.default_rng(308), 2, 2)
+    weights, locs, scales = parameters(np.random.default_rng(8), 2, 2)
     x = torch.zeros(3, 2)
     single = DiagonalGaussianMixture(weights.float(), locs.float(), scales.float())
     assert single.log_prob(x).dtype == torch.float32
@@ -368,7 +368,7 @@ def test_validation_names_the_argument_out_of_its_support(name, value):
 
 def test_validation_takes_missing_cells_and_refuses_infinite_ones():
     mixture = DiagonalGaussianMixture(
-        *parameters(np.random.default_rng(309), 2, 2), validate_args=True
+        *parameters(np.random.default_rng(9), 2, 2), validate_args=True
     )
     assert mixture.log_prob(torch.tensor([[NAN, 1.0]]).double()).isfinite().all()
     for wrong in (torch.tensor([[torch.inf, 1.0]]), torch.zeros(3, 3)):
@@ -379,7 +379,7 @@ def test_validation_takes_missing_cells_and_refuses_infinite_ones():
 
 def test_the_density_can_be_traced_and_reads_no_value():
     """A graph recorded on one set of rows is right on another, missing cells and all."""
-    rng = np.random.default_rng(310)
+    rng = np.random.default_rng(10)
     draws = [v[:, None] for v in parameters(rng, 3, 2, (4,))]
 
     def value_and_slope(weights, locs, scales, x):
@@ -398,7 +398,7 @@ def test_the_density_can_be_traced_and_reads_no_value():
 
 
 def test_mixtures_survive_vmap():
-    rng = np.random.default_rng(311)
+    rng = np.random.default_rng(11)
     draws, x = parameters(rng, 3, 2, (4,)), torch.from_numpy(rng.normal(size=(6, 2)))
 
     def log_prob(weights, locs, scales):

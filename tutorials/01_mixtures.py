@@ -22,7 +22,6 @@
 # tutorial takes about 15 minutes to read and less than a minute to run.
 
 # %%
-import matplotlib.pyplot  # noqa: F401 - so that a notebook shows figures
 import torch
 
 import latentlab as ll

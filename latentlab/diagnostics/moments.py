@@ -89,6 +89,7 @@ def moment_errors(draws: ArrayLike | Tensor, log_weights: ArrayLike | Tensor) ->
     Example:
         A guide of standard deviation 0.8 for a standard normal target:
 
+        >>> import torch
         >>> z = 0.8 * torch.randn(20_000, 1, generator=torch.Generator().manual_seed(0)).double()
         >>> errors = moment_errors(z, -0.5 * z[:, 0] ** 2 + 0.5 * (z[:, 0] / 0.8) ** 2)
         >>> print(errors.worst_ratio[1])

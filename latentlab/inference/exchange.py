@@ -17,6 +17,8 @@ _PREDICTIVE_ELEMENTS = 2**24  # numbers of the predictive group, at the most
 def to_arviz(posterior: Posterior, num_samples: int, seed: int | None) -> Any:  # noqa: ANN401
     """Groups ``posterior``, and with data ``posterior_predictive`` and ``observed_data``.
 
+    With data the group ``posterior`` holds the discrete latents, too.
+
     Arguments:
         posterior: the posterior.
         num_samples: number of draws, one chain.
@@ -25,7 +27,7 @@ def to_arviz(posterior: Posterior, num_samples: int, seed: int | None) -> Any:  
     Returns:
         ``arviz.InferenceData``, or ``xarray.DataTree`` where ArviZ is 1.x.
     """
-    draws = posterior._aligned(num_samples, seed).draws
+    draws = posterior._aligned(num_samples, seed, discrete=posterior.has_data).draws
     groups = {"posterior": {k: v.numpy(force=True)[None] for k, v in draws.items()}}
     shapes = {name: tuple(value.shape[1:]) for name, value in draws.items()}
     if posterior.has_data and posterior.pair.observed:

@@ -77,11 +77,11 @@ def _losses(posterior: Posterior) -> Any:  # noqa: ANN401
 
 
 def _intervals(posterior: Posterior) -> Any:  # noqa: ANN401
-    from matplotlib.figure import Figure
+    from latentlab.report.canvas import new_figure
 
     groups = list(posterior.summary().groupby("site", sort=False))
     rows = [max(len(group), 2) for _, group in groups]
-    figure = Figure(figsize=(6, 0.3 * sum(rows) + 1.2 * len(rows)), layout="constrained")
+    figure = new_figure(6, 0.3 * sum(rows) + 1.2 * len(rows))
     axes = figure.subplots(len(groups), 1, squeeze=False, height_ratios=rows)[:, 0]
     for ax, (site, group) in zip(axes, groups, strict=True):
         _forest(group, ax).set_title(str(site))

@@ -50,7 +50,7 @@ class Restarts:
 
     def _as_high(self) -> list[bool]:
         """For each start as high as the best, whether it is elsewhere."""
-        best = max(self.elbos, key=lambda e: e.value)
+        best = max(self.elbos, key=lambda e: e.value, default=Estimate(0.0, 0.0))
         apart = self.apart or (0.0,) * len(self.elbos)
         return [
             distance > _SAME_PLACE

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from latentlab.report.svg import INK
+from latentlab.report.svg import INK, figure_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +23,7 @@ __all__ = [
     "four_digits",
     "legend",
     "name_rows",
+    "new_figure",
     "note",
     "plain",
     "thinned",
@@ -51,9 +53,16 @@ def blank_panels(count: int) -> list[Axes]:
 
 
 def _figure(height: float) -> Figure:
+    return new_figure(WIDTH, height)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure that a notebook shows without pyplot; sizes in inches."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(WIDTH, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    vars(figure)["_repr_svg_"] = partial(figure_svg, figure)
+    return figure
 
 
 def calm(ax: Axes) -> Axes:
