@@ -12,6 +12,7 @@ import importlib.util
 import io
 import json
 import math
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -266,7 +267,10 @@ def _matching(posterior: ll.Posterior, data: Path, columns: str | None) -> ll.da
     names = _names(posterior)
     table = ll.data.load(data, _listed(columns))
     if set(table.names) > set(names):
-        raise ValueError(f"{data}: more columns than were fitted; add --columns {','.join(names)}")
+        line = io.StringIO()
+        csv.writer(line).writerow(names)
+        way = shlex.quote(line.getvalue().strip())
+        raise ValueError(f"{data}: more columns than were fitted; add --columns {way}")
     return as_rows(table, argument=str(data), min_rows=1, allow_missing=True, names=names)
 
 

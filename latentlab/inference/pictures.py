@@ -1,8 +1,13 @@
-"""Pictures and the report of a posterior, from the plain plots of ``latentlab.report``."""
+"""Pictures and the report of a posterior, from the plain plots of ``latentlab.report``.
+
+Letters: S draws, N rows, D columns.
+"""
 
 from __future__ import annotations
 
-import importlib.metadata
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +17,8 @@ from latentlab.protocols import DrawsFit
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from latentlab.inference.posterior import Posterior
     from latentlab.inference.verdict import Verdict
@@ -19,14 +26,17 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_picture", "write_report"]
 
-_REPLICATES = 50  # posterior predictive data sets in the report
+_REPLICATES = 50  # posterior predictive data sets, at the most
+_ELEMENTS = 2**25  # numbers in all of them
+_PANELS, _LINES = 12, 40  # of intervals: sites or columns, and numbers in each
+_TABLE_ROWS = 200
 
 
-def draw_picture(posterior: Posterior, kind: str) -> Any:  # noqa: ANN401
+def draw_picture(posterior: Posterior, kind: str) -> Axes | Figure:
     """One picture; see :meth:`latentlab.Posterior.plot`."""
-    kinds = {
+    kinds: dict[str, Callable[[Posterior], Axes | Figure]] = {
         "fit": _fit,
-        "losses": _losses,
+        "losses": lambda posterior: _losses(posterior, posterior.stop_reason),
         "intervals": _intervals,
         "khat": _khat,
         "predictive": _predictive,
@@ -41,13 +51,14 @@ def write_report(posterior: Posterior, path: str | Path) -> Path:
     """The page; see :meth:`latentlab.Posterior.report`."""
     from latentlab.report import Page, write
 
-    verdict, summary = posterior.check(), posterior.summary()
-    sections = [*_data_section(posterior), _latents_section(posterior, summary)]
-    sections += [_climb_section(posterior), _trust_section(posterior, verdict)]
-    if posterior.has_data and _tables(posterior):
-        sections.append(_predictive_section(posterior))
-    model = type(getattr(posterior.model, "__self__", posterior.model)).__name__
-    name = getattr(posterior.model, "__name__", model)
+    verdict, name = posterior.check(), _name(posterior.model)
+    sections = (
+        *_data_section(posterior),
+        _latents_section(posterior),
+        _climb_section(posterior),
+        _trust_section(posterior, verdict),
+        *_predictive_section(posterior),
+    )
     page = Page(
         title=f"{name}: a fit and its verdict",
         level=verdict.level,
@@ -55,48 +66,79 @@ def write_report(posterior: Posterior, path: str | Path) -> Path:
         reasons=verdict.reasons,
         next_steps=verdict.next_steps,
         facts=_facts(posterior, name),
-        sections=tuple(sections),
+        sections=sections,
     )
     return write(page, Path(path))
 
 
-def _fit(posterior: Posterior) -> Any:  # noqa: ANN401
+# ---- pictures --------------------------------------------------------------------------------
+
+
+def _fit(posterior: Posterior) -> Axes:
     posterior._need_data("plot")
-    return posterior._draw_fit()
+    owner, tables = _owner(posterior.model), posterior.pair.data.tensors()
+    if not isinstance(owner, DrawsFit) or not tables:
+        raise ValueError('kind: this model draws no "fit"; try "predictive" or "intervals"')
+    x = tables[0]
+    names = posterior.names or tuple(f"x{i}" for i in range(x.shape[-1]))
+    return owner.plot_fit(x, posterior._aligned(500).draws, names)
 
 
-def _losses(posterior: Posterior) -> Any:  # noqa: ANN401
+def _losses(posterior: Posterior, stop_reason: str | None = None) -> Axes:
     from latentlab.report.plots import plot_losses
 
-    return plot_losses(
-        posterior.losses.numpy(),
-        posterior.stage_starts,
-        [e.value for e in posterior.stage_elbos[-len(posterior.stage_starts) :]],
-        stop_reason=posterior.stop_reason,
-    )
+    elbos = [elbo.value for elbo in posterior.stage_elbos]
+    starts = posterior.stage_starts
+    return plot_losses(posterior.losses.numpy(), starts, elbos, stop_reason=stop_reason)
 
 
-def _intervals(posterior: Posterior) -> Any:  # noqa: ANN401
-    from latentlab.report.canvas import new_figure
+def _intervals(posterior: Posterior) -> Figure:
+    from matplotlib.figure import Figure
 
-    groups = list(posterior.summary().groupby("site", sort=False))
-    rows = [max(len(group), 2) for _, group in groups]
-    figure = new_figure(6, 0.3 * sum(rows) + 1.2 * len(rows))
-    axes = figure.subplots(len(groups), 1, squeeze=False, height_ratios=rows)[:, 0]
-    for ax, (site, group) in zip(axes, groups, strict=True):
-        _forest(group, ax).set_title(str(site))
+    panels = list(itertools.islice(_panels(posterior), _PANELS))
+    rows = [max(len(panel.labels), 2) for panel in panels]
+    figure = Figure(figsize=(5.0, 0.24 * sum(rows) + 0.75 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=rows)[:, 0]
+    for ax, panel in zip(axes, panels, strict=True):
+        panel.draw(ax)
     return figure
 
 
-def _forest(group: pd.DataFrame, ax: Any = None) -> Any:  # noqa: ANN401
-    from latentlab.report.plots import plot_intervals
+@dataclass(frozen=True)
+class _Panel:
+    """Numbers of one site that can stand on one axis."""
 
-    labels = [label or "value" for label in group["index"]]
-    mean, low, high = (group[c].to_numpy() for c in ("mean", "q05", "q95"))
-    return plot_intervals(labels, mean, low, high, ax)
+    title: str
+    labels: list[str]
+    rows: pd.DataFrame
+
+    def draw(self, ax: Axes | None = None) -> Axes:
+        from latentlab.report.canvas import note
+        from latentlab.report.plots import plot_intervals
+
+        columns = [self.rows[name].to_numpy() for name in ("mean", "q05", "q95")]
+        mean, lower, upper = (column[:_LINES] for column in columns)
+        ax = plot_intervals(self.labels[:_LINES], mean, lower, upper, ax)
+        more = f" (the first {_LINES} of {len(self.rows)})" if len(self.rows) > _LINES else ""
+        return note(ax, [self.title + more])
 
 
-def _khat(posterior: Posterior) -> Any:  # noqa: ANN401
+def _panels(posterior: Posterior) -> Iterator[_Panel]:
+    """Sites one by one; columns of the data apart, for each has units of its own."""
+    summary = posterior.summary()
+    for latent in posterior.pair.latents:
+        rows = summary[summary["site"] == latent.name]
+        coords = posterior._coords(latent.name, latent.shape)
+        by_column = coords and posterior.names is not None and coords[-1] == [*posterior.names]
+        if not by_column or len(coords[-1]) > _PANELS:
+            yield _Panel(latent.name, [label or "value" for label in rows["index"]], rows)
+            continue
+        labels = [", ".join(parts) or "value" for parts in itertools.product(*coords[:-1])]
+        for d, column in enumerate(coords[-1]):
+            yield _Panel(f"{latent.name}, {column}", labels, rows.iloc[d :: len(coords[-1])])
+
+
+def _khat(posterior: Posterior) -> Axes:
     from latentlab.inference.evidence import gather
     from latentlab.report.plots import plot_khat
 
@@ -104,62 +146,72 @@ def _khat(posterior: Posterior) -> Any:  # noqa: ANN401
     blocks = gather(posterior, None, None).blocks
     if not blocks:
         raise ValueError('kind: a point estimate has no k-hat; try "fit" or "losses"')
-    return plot_khat(
-        [b.name for b in blocks],
-        np.array([b.khat for b in blocks]),
-        np.array([b.se for b in blocks]),
-    )
+    khat, se = np.array([[block.khat, block.se] for block in blocks]).T
+    return plot_khat([block.name for block in blocks], khat, se)
 
 
-def _predictive(posterior: Posterior) -> Any:  # noqa: ANN401
+def _predictive(posterior: Posterior) -> Figure:
     from latentlab.report.plots import plot_predictive
 
     posterior._need_data("plot")
-    tables = _tables(posterior)
-    if not tables:
-        raise ValueError('kind: no observed site is a table of rows; try "intervals"')
-    name, observed = next(iter(tables.items()))
-    replicates = posterior.predict(_REPLICATES)[name].numpy(force=True)
-    replicates = replicates.reshape(len(replicates), len(observed), -1)
-    coords = posterior._coords(name, observed.shape)[1:2]
-    names = coords[0] if coords else [name]
-    if len(names) != replicates.shape[-1]:
-        names = [f"{name}[{i}]" for i in range(replicates.shape[-1])]
-    return plot_predictive(observed.reshape(len(observed), -1), replicates, names)
+    names, observed = _columns(posterior)
+    if not names:
+        raise ValueError('kind: this model observes no rows; try "intervals"')
+    num_samples = max(1, min(_REPLICATES, _ELEMENTS // observed.size))
+    drawn = posterior.predict(num_samples)
+    replicates = [
+        drawn[site].numpy(force=True).reshape(num_samples, len(observed), -1)
+        for site in _sites_with_rows(posterior)
+    ]
+    return plot_predictive(observed, np.concatenate(replicates, -1), names)
 
 
-def _tables(posterior: Posterior) -> dict[str, np.ndarray]:
-    """Observed sites with rows, as arrays (N, ...)."""
-    if not posterior.has_data:
-        return {}
-    observed = posterior._observed()
-    tables = {k: v for k, v in observed.items() if v.dim() and v.is_floating_point()}
-    return {k: v.numpy(force=True) for k, v in tables.items()}
+def _sites_with_rows(posterior: Posterior) -> dict[str, np.ndarray]:
+    """Observed sites, as arrays (N, ...) with as many rows as the first of them has."""
+    observed = {k: v.numpy(force=True) for k, v in posterior._observed().items() if v.dim()}
+    N = len(next(iter(observed.values()), ()))
+    return {site: value for site, value in observed.items() if len(value) == N}
+
+
+def _columns(posterior: Posterior) -> tuple[list[str], np.ndarray]:
+    """Names (D,) and values (N, D) of all observed sites side by side."""
+    names, parts = [], []
+    for site, value in _sites_with_rows(posterior).items():
+        coords = posterior._coords(site, value.shape)[1:]
+        labels = [", ".join(parts) for parts in itertools.product(*coords)]
+        named = len(coords) == 1 and labels == [*(posterior.names or ())]
+        names += labels if named else [f"{site}[{label}]" if label else site for label in labels]
+        parts.append(value.reshape(len(value), -1))
+    return names, np.concatenate(parts, -1) if parts else np.zeros((0, 0))
+
+
+# ---- sections of the report ------------------------------------------------------------------
 
 
 def _data_section(posterior: Posterior) -> list[Section]:
     from latentlab.report import Section
 
-    owner = getattr(posterior.model, "__self__", posterior.model)
-    if not posterior.has_data or not isinstance(owner, DrawsFit):
+    if not posterior.has_data or not isinstance(_owner(posterior.model), DrawsFit):
         return []
     text = "The data with the fit drawn on them, at the posterior mean."
     return [Section("Data and fit", text, figures=(_figure(_fit(posterior)),))]
 
 
-def _latents_section(posterior: Posterior, summary: pd.DataFrame) -> Section:
+def _latents_section(posterior: Posterior) -> Section:
     from latentlab.report import Section
 
-    small = len(summary) <= 100
-    groups = list(summary.groupby("site", sort=False)) if small else []
-    return Section(
-        "Latents",
-        "Posterior mean and 90 % interval of every number, in the units of the data.",
-        figures=tuple(_figure(_titled(_forest(group), str(site))) for site, group in groups),
-        table=summary.head(500),
-        note="mcse is the Monte Carlo standard error of the mean"
-        + ("" if len(summary) <= 500 else f"; the first 500 of {len(summary)} rows are shown"),
-    )
+    summary, panels = posterior.summary(), list(_panels(posterior))
+    figures = tuple(_figure(panel.draw()) for panel in panels[:_PANELS])
+    notes = ["mcse is the Monte Carlo standard error of the mean"]
+    if len(panels) > _PANELS:
+        notes.append(f"the first {_PANELS} of {len(panels)} pictures are shown")
+    if len(summary) > _TABLE_ROWS:
+        notes.append(f"the first {_TABLE_ROWS} of {len(summary)} rows are shown")
+    what = "Posterior mean and 90 % interval"
+    what = "Point estimate" if posterior.pair.is_point() else what
+    text = f"{what} of every number, in the units of the data."
+    table = summary.head(_TABLE_ROWS)
+    return Section("Latents", text, figures=figures, table=table, note="; ".join(notes) + ".")
 
 
 def _climb_section(posterior: Posterior) -> Section:
@@ -180,49 +232,64 @@ def _trust_section(posterior: Posterior, verdict: Verdict) -> Section:
     from latentlab.report import Section
 
     table = pd.DataFrame(verdict.evidence.items(), columns=["evidence", "figure"])
-    figures: tuple[Any, ...] = ()
-    if posterior.has_data and any(name.startswith("k-hat") for name in verdict.evidence):
-        figures = (_figure(_khat(posterior)),)
-    return Section(
-        "How far to trust it",
-        "k-hat below 0.5 is good, above 0.7 the guide misses parts of the posterior.",
-        figures=figures,
-        table=table,
-    )
+    text, figures = "The figures that the verdict rests on.", []
+    if any(name.startswith("k-hat") for name in verdict.evidence):
+        text += " k-hat below 0.5 is good; above 0.7 the guide misses parts of the posterior."
+        figures = [_figure(_khat(posterior))] if posterior.has_data else []
+    return Section("How far to trust it", text, figures=tuple(figures), table=table)
 
 
-def _predictive_section(posterior: Posterior) -> Section:
+def _predictive_section(posterior: Posterior) -> list[Section]:
     from latentlab.report import Section
 
-    return Section(
-        "Posterior predictive check",
+    if not posterior.has_data or not _sites_with_rows(posterior):
+        return []
+    text = (
         "The distribution of each column, against that of data drawn from the fit: where the "
-        "data leave the band, the model does not describe them.",
-        figures=(_figure(_predictive(posterior)),),
+        "data leave the band, the model does not describe them."
     )
+    return [Section("Posterior predictive check", text, figures=(_predictive(posterior),))]
 
 
 def _facts(posterior: Posterior, name: str) -> dict[str, str]:
-    versions = [f"{p} {importlib.metadata.version(p)}" for p in ("latentlab", "torch", "pyro-ppl")]
-    guide = getattr(posterior.guide, "__name__", type(posterior.guide).__name__)
+    import pyro
+    import torch
+
+    import latentlab
+
     shapes = ", ".join("x".join(map(str, t.shape)) for t in posterior.pair.data.tensors())
-    facts = {"model": name, "guide": guide, "data": shapes}
-    facts |= {"columns": ", ".join(posterior.names)} if posterior.names else {}
-    return facts | {
+    facts = {"model": name, "guide": _name(posterior.guide)}
+    if shapes:
+        facts["data"] = shapes + ("" if posterior.has_data else " (not at hand)")
+    if posterior.names:
+        facts["columns"] = ", ".join(posterior.names)
+    facts |= {
         "ELBO": f"{posterior.elbo} nats",
         "steps": str(len(posterior.losses)),
         "method": f"{posterior.method}, backend {posterior.backend}",
         "seconds": f"{posterior.seconds:.1f}",
         "seed": str(posterior.seed),
-        "versions": ", ".join(versions),
-        **({"notes": "; ".join(posterior.notes)} if posterior.notes else {}),
+        "versions": f"latentlab {latentlab.__version__}, torch {torch.__version__}, "
+        f"pyro {pyro.__version__}",
     }
+    return facts | ({"notes": "; ".join(posterior.notes)} if posterior.notes else {})
 
 
-def _titled(ax: Any, title: str) -> Any:  # noqa: ANN401
-    ax.set_title(title)
-    return ax
+def _name(function: Callable) -> str:
+    """What a reader calls a model or guide: a function's name, or that of its class."""
+    function = getattr(function, "func", function)  # of functools.partial
+    name = getattr(function, "__name__", type(function).__name__)
+    owner = getattr(function, "__self__", None)
+    return name if owner is None else f"{type(owner).__name__}.{name}"
 
 
-def _figure(picture: Any) -> Any:  # noqa: ANN401
-    return getattr(picture, "figure", None) or picture
+def _owner(function: Callable) -> Any:  # noqa: ANN401
+    return getattr(function, "__self__", function)
+
+
+def _figure(ax: Axes) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = ax.get_figure()
+    assert isinstance(figure, Figure)  # of the plots of latentlab.report
+    return figure

@@ -26,11 +26,13 @@ from latentlab.inference.pair import Arguments, Pair, copy_pair
 from latentlab.inference.restarts import Restarts
 from latentlab.inference.sandbox import stream
 from latentlab.inference.stages import particle_chunk
-from latentlab.protocols import DrawsFit, Exchangeable, NamesDims
+from latentlab.protocols import Exchangeable, NamesDims
 
 if TYPE_CHECKING:
     import arviz
     import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from latentlab.inference.verdict import Verdict
 
@@ -259,7 +261,7 @@ class Posterior:
 
         return to_arviz(self, num_samples, seed)
 
-    def plot(self, kind: str = "fit") -> Any:  # noqa: ANN401
+    def plot(self, kind: str = "fit") -> Axes | Figure:
         """A picture of the posterior.
 
         Arguments:
@@ -421,12 +423,3 @@ class Posterior:
 
     def _labels(self, site: str, shape: tuple[int, ...]) -> list[str]:
         return [", ".join(parts) for parts in itertools.product(*self._coords(site, shape))]
-
-    def _draw_fit(self) -> Any:  # noqa: ANN401
-        owner = getattr(self.pair.model, "__self__", self.pair.model)
-        if not isinstance(owner, DrawsFit) or not self.pair.data.args:
-            raise ValueError('kind: this model draws no "fit"; try "predictive" or "intervals"')
-        x = self.pair.data.args[0]
-        names = self.names or tuple(f"x{i}" for i in range(x.shape[-1]))
-        return owner.plot_fit(x, self._aligned(500).draws, names)
-

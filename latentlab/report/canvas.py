@@ -34,6 +34,7 @@ __all__ = [
 BLUE, VERMILION, GREEN, AMBER = "#0072b2", "#d55e00", "#009e73", "#e69f00"
 COLOURS = (BLUE, VERMILION, GREEN, "#cc79a7", "#56b4e9", AMBER)
 WIDTH = 5.0  # inches
+SMALL, LARGE = 10, 11  # of text, in points: still legible on a phone
 
 
 def blank_axes(ax: Axes | None, height: float) -> Axes:
@@ -69,9 +70,9 @@ def calm(ax: Axes) -> Axes:
     """Axes that stand behind the data: no box, all in the ink."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set(color=INK, alpha=0.6, linewidth=0.8)
-    ax.tick_params(colors=INK, labelsize=9, width=0.8, length=3)
+    ax.tick_params(colors=INK, labelsize=SMALL, width=0.8, length=3)
     for text in (ax.title, ax.xaxis.label, ax.yaxis.label):
-        text.set(color=INK, size=10)
+        text.set(color=INK, size=LARGE)
     return ax
 
 
@@ -86,8 +87,8 @@ def name_rows(ax: Axes, labels: Sequence[str]) -> Axes:
 
 def note(ax: Axes, lines: Sequence[str]) -> Axes:
     """Say above the picture what it does not show by itself."""
-    text = "\n".join(part for line in lines for part in textwrap.wrap(plain(line), 58))
-    ax.set_title(text, loc="left", fontsize=9, color=INK)
+    text = "\n".join(part for line in lines for part in textwrap.wrap(plain(line), 52))
+    ax.set_title(text, loc="left", fontsize=SMALL, color=INK)
     return ax
 
 
@@ -100,13 +101,13 @@ def word(
     ha: str = "center",
 ) -> None:
     """A word at a place, moved by some points."""
-    style: dict[str, Any] = {"ha": ha, "va": "center_baseline", "color": INK, "fontsize": 9}
+    style: dict[str, Any] = {"ha": ha, "va": "center_baseline", "color": INK, "fontsize": SMALL}
     ax.annotate(text, (at[0], at[1]), shift, coords, "offset points", **style)
 
 
 def legend(ax: Axes, **place: Any) -> None:  # noqa: ANN401
     """What the colours mean, at a place."""
-    style: dict[str, Any] = {"frameon": False, "fontsize": 9, "handletextpad": 0.5}
+    style: dict[str, Any] = {"frameon": False, "fontsize": SMALL, "handletextpad": 0.5}
     ax.legend(labelcolor=INK, **style, **place)
 
 

@@ -87,7 +87,7 @@ def plot_losses(
         ax.set_ylim(_robust_limits(losses[steps], -elbos))
     if len(elbos):
         ax.plot(ends, -elbos, "o", color=VERMILION, markersize=5, label="ELBO at a stage's end")
-        legend(ax, loc="upper right")
+        legend(ax, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)
     ax.ticklabel_format(style="plain", useOffset=False)
     return note(ax, [f"stopped: {stop_reason}"] if stop_reason else [])
 

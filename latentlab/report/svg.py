@@ -67,7 +67,7 @@ def figure_svg(figure: Figure | str, label: str = "figure", prefix: str = "") ->
         "viewBox": view,
         "role": "img",
         "aria-label": label,
-        "style": f"width: 100%; max-width: {float(view.split()[2]) * 1.65:.0f}px; height: auto",
+        "style": f"width: 100%; max-width: {float(view.split()[2]) * 1.5:.0f}px; height: auto",
         "fill": "currentColor",
         "stroke-linejoin": "round",
     }
