@@ -327,6 +327,35 @@ def test_row_48_a_loss_that_is_nan_once_is_got_over():
     assert float(posterior.guide.free_mean().detach()) == pytest.approx(mean, abs=0.1 * sd)
 
 
+class SteepOnce(torch.autograd.Function):
+    """The identity, whose gradient is NaN at one step."""
+
+    calls = 0
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        SteepOnce.calls += 1
+        return grad * (math.nan if SteepOnce.calls in (300, 400) else 1.0)
+
+
+def test_row_48_a_gradient_that_is_nan_once_is_got_over():
+    def model(x):
+        loc = SteepOnce.apply(pyro.sample("loc", dist.Normal(0.0, 2.0)))
+        with ll.rows(x):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    x = data()
+    SteepOnce.calls = 0
+    posterior = ll.fit(model, x, "mean_field", **QUICK)
+    mean, sd = exact(x)
+    assert SteepOnce.calls > 400
+    assert float(posterior.guide.free_mean().detach()) == pytest.approx(mean, abs=0.1 * sd)
+
+
 def test_row_38_a_start_without_density_is_named():
     def model(x):
         loc = pyro.sample("loc", dist.Normal(0.0, 1.0))

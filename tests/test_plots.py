@@ -16,6 +16,7 @@ from latentlab.report import (
     plot_mixture,
     plot_predictive,
 )
+from latentlab.report.canvas import rounded
 
 NAMES = ("length", "mass", "age", "dose")
 
@@ -152,8 +153,55 @@ def test_intervals_are_drawn_and_written_from_the_top():
     assert np.array_equal(np.c_[dots.get_data()], [[2.0, 0], [1234.5, 1]])
     ends = [segment[:, 0].tolist() for segment in ax.collections[0].get_segments()]
     assert ends == [[1.0, 3.0], [1e3, 2e3]]
-    assert [t.get_text() for t in ax.texts] == ["2.000  [1.000, 3.000]", "1234  [1000, 2000]"]
+    assert [t.get_text() for t in ax.texts] == ["2.00  [1.00, 3.00]", "1234  [1000, 2000]"]
     assert ax.yaxis_inverted()
+
+
+def test_a_number_without_an_interval_is_written_alone():
+    ax = plot_intervals(["a"], np.array([2.0]), np.array([2.0]), np.array([2.0]))
+    assert [t.get_text() for t in ax.texts] == ["2.000"]
+
+
+@pytest.mark.parametrize(
+    ("value", "width", "text"),
+    [
+        (79.98342, 1.47, "79.98"),
+        (1004290159.3, 1e5, "1004290159"),
+        (0.3565, 0.0961, "0.3565"),
+        (-0.0001357, 0.3007, "0.000"),
+        (-0.0301357, 0.3007, "-0.030"),
+        (1234.5, 1000.0, "1234"),
+        (2.0377e-06, 9.05e-08, "2.0377e-06"),
+        (5.89e-06, 1.37e-06, "5.89e-06"),
+        (1.5e15, 2e14, "1.500e+15"),
+        (1e-9, 2.0, "0.00"),
+        (3.0, 0.0, "3.000"),
+        (3.0, np.inf, "3.000"),
+        (np.nan, 1.0, "nan"),
+        (np.inf, 1.0, "inf"),
+    ],
+)
+def test_a_number_is_written_to_three_digits_of_its_width(value, width, text):
+    assert rounded(value, width) == text
+
+
+def test_long_names_do_not_crowd_the_picture_out():
+    """Matplotlib would warn that it finds no room for the axes, and a warning is an error here."""
+    long = "a name of a column that goes on and on, with $ and \\ in it, to no end" * 2
+    weights, locs, scales = draws_of(2, 2)
+    x = rows_of(30, 2)
+    figures = [
+        plot_mixture(x, weights, locs, scales, [long, long]).figure,
+        plot_mixture(x[:, :1], weights, locs[:, :, :1], scales[:, :, :1], [long]).figure,
+        plot_intervals([long] * 3, np.ones(3), np.zeros(3), np.full(3, 2.0)).figure,
+        plot_khat([long], [0.3], [0.1]).figure,
+        plot_predictive(x, np.stack([x, x]), [long, long]),
+    ]
+    for figure in figures:
+        figure.canvas.draw()
+        for ax in figure.axes:
+            assert ax.get_position().width > 0.2
+            assert ax.get_position().height > 0.2
 
 
 def test_khat_dots_stand_at_their_values_and_the_others_at_the_edges():

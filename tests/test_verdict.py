@@ -259,3 +259,50 @@ def test_a_thousand_local_latents_are_judged_one_by_one():
     found = recorded.check()
     assert "each datum's latents (rows)" in str(found)
     assert found.level != BAD
+
+
+def test_a_perfect_guide_that_was_written_down_is_exact():
+    def model(x):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with ll.rows(x):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    def guide(x):
+        precision = len(x) + 1
+        pyro.sample("loc", dist.Normal(x.sum() / precision, precision**-0.5))
+
+    x = torch.randn(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    fitted = ll.fit(model, x, guide, progress=False)
+    found = fitted.check()
+    assert found.level == "use"
+    assert "exact" in found.evidence["k-hat, all latents"]
+    assert fitted.converged
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_skewed_posterior_that_is_fitted_well_is_not_refused(seed):
+    """Its weights pile up at the edge of their tail, which is not a heavy one."""
+
+    def model(x):
+        t = pyro.sample("t", dist.Normal(0.0, 1.0))
+        with ll.rows(x):
+            pyro.sample("x", dist.Exponential(t.exp()), obs=x)
+
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.empty(20, dtype=torch.float64).exponential_(generator=generator)
+    fitted = ll.fit(model, x, num_restarts=1, max_steps=2000, progress=False)
+    assert float(fitted.log_weights(1000).std()) < 0.2
+    assert fitted.check().level != BAD
+
+
+def test_weights_of_zero_are_a_verdict_and_no_error():
+    def model(x):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with ll.rows(x):
+            pyro.sample("x", dist.Uniform(loc - 9, loc + 9, validate_args=False), obs=x)
+
+    x = torch.zeros(5, dtype=torch.float64)
+    fitted = ll.fit(model, x, num_restarts=1, max_steps=300, progress=False)
+    pair = copy.copy(fitted.pair)
+    pair.data = pair.data.map(lambda x: x + 1e6)
+    assert dataclasses.replace(fitted, pair=pair).check().level == BAD

@@ -178,7 +178,7 @@ class KhatTable:
     __repr__ = __str__
 
 
-def psis(log_weights: ArrayLike | Tensor) -> Psis:
+def psis(log_weights: ArrayLike | Tensor, tail_size: int | None = None) -> Psis:
     r"""Smooth importance weights, and say how far they can be trusted.
 
     How to read k-hat:
@@ -205,6 +205,7 @@ def psis(log_weights: ArrayLike | Tensor) -> Psis:
             least 25. ``-inf`` is a weight of zero. Hand them in with the dtype in which they were
             computed: they count as constant if they differ by less than 16 eps of the largest,
             or 16 sqrt(eps) (2e-7 in float64, 0.006 in float32), where eps is that of the dtype.
+        tail_size: number M of largest weights, 5 to S - 1; by default min(S / 5, 3 sqrt(S)).
 
     Returns:
         The smoothed weights, of the dtype and on the device of ``log_weights``, and k-hat.
@@ -229,7 +230,7 @@ def psis(log_weights: ArrayLike | Tensor) -> Psis:
     order = np.argsort(x)
     khat, se, size = -math.inf, 0.0, 0
     if not _constant(values, eps):
-        fit = _fit_tails(x[order][None])
+        fit = _fit_tails(x[order][None], tail_size)
         khat, se, size = float(fit.khat[0]), float(fit.se[0]), int(fit.size[0])
         if math.isfinite(fit.scale[0]):
             ranks = (np.arange(size) + 0.5) / size
@@ -293,7 +294,7 @@ def _tail_size(num_samples: int) -> int:
     return math.ceil(min(num_samples / 5, 3 * math.sqrt(num_samples)))
 
 
-def _fit_tails(x: np.ndarray) -> _Tails:
+def _fit_tails(x: np.ndarray, tail_size: int | None = None) -> _Tails:
     """Fits to log weights (N, S), each row in ascending order and with largest value 0.
 
     The tail is what exceeds the weight below the M largest: all M of them, unless there are ties.
@@ -301,7 +302,7 @@ def _fit_tails(x: np.ndarray) -> _Tails:
     too little to fit; k-hat is then that of the Pareto tail whose largest of M is the largest.
     """
     N, S = x.shape
-    expected = _tail_size(S)
+    expected = tail_size or _tail_size(S)
     cutoff = np.maximum(x[:, S - expected - 1], _ZERO)
     size = (x > cutoff[:, None]).sum(1)
 

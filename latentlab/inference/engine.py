@@ -68,7 +68,7 @@ def fit(
         batch_size: rows per step; ``None`` takes all. The model must accept ``size``.
         num_restarts: starts; by default 4 for guides of ours, 1 for others and for large ones.
         num_particles: draws per step; by default 8 where they are cheap, else 1.
-        max_steps: steps in all.
+        max_steps: steps of the climb from each start.
         lr: rate of the first stage, in posterior standard deviations (for a guide of your own: in
             units of its parameters).
         tol: stages agree below this shift, in posterior standard deviations.

@@ -48,6 +48,7 @@ __all__ = ["Block", "Evidence", "gather"]
 _DRAWS = 10_000
 _FEWEST_DRAWS = 1_000
 _ELEMENTS = 2**31  # numbers through the model for one k-hat
+_DEEP = 80  # weights in a tail of which half still makes a tail
 _RELIABLE = 0.7  # k-hat up to which weights are believed
 _KEPT = 2**25  # numbers of draws in memory
 _OUTER, _INNER = 1_000, 64
@@ -190,15 +191,29 @@ def _moments(draws: Mapping[str, Tensor], blocks: tuple[Block, ...]) -> Moments 
 
 def _blocks(posterior: Posterior, log_weights: Tensor, seed: int | None) -> tuple[Block, ...]:
     bad = ~torch.isfinite(log_weights) & (log_weights != -math.inf)
-    if bad.any():
+    if bad.any() or (log_weights == -math.inf).all():
         return ()  # the rule on the ELBO names it
-    joint = Block("all latents", psis(log_weights))
+    joint = Block("all latents", _tail(log_weights))
     pair = posterior.pair
     splits = isinstance(pair.guide, MeanField) or not isinstance(pair.guide, GaussianGuide)
     local = pair.local_plate() is not None and pair.vectorised and not pair.summed_out
     if joint.khat <= 0.7 or not (splits and local):
         return (joint,)
     return _local_blocks(posterior, seed)
+
+
+def _tail(log_weights: Tensor) -> Psis:
+    """k-hat, from deeper in the tail where only that is one.
+
+    Weights with a local maximum, as those of a skewed latent have, pile up at the edge of the tail
+    and look like a heavy one. The k of a tail that is heavy stays the same further out.
+    """
+    found = psis(log_weights)
+    if found.khat > _RELIABLE and found.tail_size >= _DEEP:
+        deep = psis(log_weights, found.tail_size // 2)
+        if found.khat - deep.khat > 3 * math.hypot(found.se, deep.se):
+            return deep
+    return found
 
 
 def _local_blocks(posterior: Posterior, seed: int | None) -> tuple[Block, ...]:
@@ -285,7 +300,8 @@ def _kl_to_prior(posterior: Posterior, seed: int | None) -> dict[str, Estimate]:
     found = {}
     for latent in pair.latents:
         free = math.prod(latent.free_shape)  # none in a simplex of one
-        if latent.name in pair.points or latent.name not in log_q or not free:
+        scored = latent.name in log_q and all(latent.name in p for p, _ in parts)
+        if latent.name in pair.points or not scored or not free:
             continue
         prior = torch.cat([_total(p[latent.name], pair.nesting, size) for p, size in parts])
         own = _total(log_q[latent.name], pair.nesting, num)

@@ -28,7 +28,7 @@ __all__ = ["draw_picture", "write_report"]
 
 _REPLICATES = 50  # posterior predictive data sets, at the most
 _ELEMENTS = 2**25  # numbers in all of them
-_PANELS, _LINES = 12, 40  # of intervals: sites or columns, and numbers in each
+_PANELS, _LINES = 12, 20  # of intervals: sites or columns, and numbers in each
 _TABLE_ROWS = 200
 
 
@@ -49,8 +49,12 @@ def draw_picture(posterior: Posterior, kind: str) -> Axes | Figure:
 
 def write_report(posterior: Posterior, path: str | Path) -> Path:
     """The page; see :meth:`latentlab.Posterior.report`."""
+    from latentlab.inference.checkpoint import probe
     from latentlab.report import Page, write
 
+    path = Path(path)
+    file = path if path.suffix == ".html" else path / "report.html"
+    probe(file.parent)
     verdict, name = posterior.check(), _name(posterior.model)
     sections = (
         *_data_section(posterior),
@@ -68,7 +72,7 @@ def write_report(posterior: Posterior, path: str | Path) -> Path:
         facts=_facts(posterior, name),
         sections=sections,
     )
-    return write(page, Path(path))
+    return write(page, file)
 
 
 # ---- pictures --------------------------------------------------------------------------------
@@ -97,7 +101,7 @@ def _intervals(posterior: Posterior) -> Figure:
 
     panels = list(itertools.islice(_panels(posterior), _PANELS))
     rows = [max(len(panel.labels), 2) for panel in panels]
-    figure = Figure(figsize=(5.0, 0.24 * sum(rows) + 0.75 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(5.0, 0.24 * sum(rows) + 0.85 * len(rows)), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=rows)[:, 0]
     for ax, panel in zip(axes, panels, strict=True):
         panel.draw(ax)
@@ -113,14 +117,14 @@ class _Panel:
     rows: pd.DataFrame
 
     def draw(self, ax: Axes | None = None) -> Axes:
-        from latentlab.report.canvas import note
+        from latentlab.report.canvas import note, short
         from latentlab.report.plots import plot_intervals
 
         columns = [self.rows[name].to_numpy() for name in ("mean", "q05", "q95")]
         mean, lower, upper = (column[:_LINES] for column in columns)
         ax = plot_intervals(self.labels[:_LINES], mean, lower, upper, ax)
         more = f" (the first {_LINES} of {len(self.rows)})" if len(self.rows) > _LINES else ""
-        return note(ax, [self.title + more])
+        return note(ax, [short(self.title, 40) + more])
 
 
 def _panels(posterior: Posterior) -> Iterator[_Panel]:
@@ -210,8 +214,20 @@ def _latents_section(posterior: Posterior) -> Section:
     what = "Posterior mean and 90 % interval"
     what = "Point estimate" if posterior.pair.is_point() else what
     text = f"{what} of every number, in the units of the data."
-    table = summary.head(_TABLE_ROWS)
-    return Section("Latents", text, figures=figures, table=table, note="; ".join(notes) + ".")
+    note = "; ".join(notes) + "."
+    return Section("Latents", text, figures=figures, table=_rounded(summary), note=note)
+
+
+def _rounded(summary: pd.DataFrame) -> pd.DataFrame:
+    """Its first rows as text, each number to three digits of its standard deviation."""
+    from latentlab.report.canvas import rounded
+
+    rows = summary.head(_TABLE_ROWS)
+    text = rows.astype(object)
+    for name in rows.columns[2:]:
+        widths = rows["mcse" if name == "mcse" else "sd"]
+        text[name] = [rounded(*pair) for pair in zip(rows[name], widths, strict=True)]
+    return text
 
 
 def _climb_section(posterior: Posterior) -> Section:

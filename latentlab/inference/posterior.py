@@ -282,10 +282,13 @@ class Posterior:
         """Write one self-contained HTML page: the verdict first, then what it rests on.
 
         Arguments:
-            path: a file, or a folder that gets ``report.html``.
+            path: a ``.html`` file, or a folder (made if missing) that gets ``report.html``.
 
         Returns:
             The file written.
+
+        Raises:
+            OSError: if it cannot be written to; the message names it.
         """
         from latentlab.inference.pictures import write_report
 
@@ -299,6 +302,9 @@ class Posterior:
 
         Returns:
             The file written; :func:`latentlab.load` takes it or its folder.
+
+        Raises:
+            OSError: if it cannot be written to; the message names it.
         """
         from latentlab.inference.checkpoint import save
 

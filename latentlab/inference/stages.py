@@ -121,6 +121,9 @@ class Climb:
             self._record()
         draws, elbo = self._draw(), self.stage_elbos[-1]
         rate, idle = self.lr, 0
+        if not self.pair.parameters():
+            self.converged, self.stop_reason = True, "the pair has no parameters to fit"
+            return
         while True:
             before = self.state()
             remaining = self.max_steps - self.num_steps
@@ -171,6 +174,8 @@ class Climb:
         """
         parameters = list(self.pair.parameters().values())
         self.stage_starts.append(self.num_steps)
+        if not parameters:  # a guide that was written down, not fitted
+            return True
         optimiser, trail = self._adam(parameters, rate), _Trail(parameters, num_steps)
         good, failures, halved, stationary = self.state(), 0, 1.0, falling
         k = 0
@@ -214,6 +219,10 @@ class Climb:
         value = loss.detach().item()
         if math.isfinite(value):
             loss.backward()
+            parameters = optimiser.param_groups[0]["params"]
+            slopes = [p.grad.sum() for p in parameters if p.grad is not None]
+            if slopes and not torch.stack(slopes).isfinite().all():
+                return math.nan  # the step is not taken, but tried again
             optimiser.step()
         return value
 

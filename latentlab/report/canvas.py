@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from functools import partial
@@ -26,6 +27,8 @@ __all__ = [
     "new_figure",
     "note",
     "plain",
+    "rounded",
+    "short",
     "thinned",
     "word",
 ]
@@ -78,7 +81,7 @@ def calm(ax: Axes) -> Axes:
 
 def name_rows(ax: Axes, labels: Sequence[str]) -> Axes:
     """One row of the picture per label, from the top."""
-    ax.set_yticks(range(len(labels)), [plain(label) for label in labels])
+    ax.set_yticks(range(len(labels)), [short(label) for label in labels])
     ax.set_ylim(max(len(labels), 1) - 0.4, -0.6)
     ax.spines["left"].set_visible(False)
     ax.tick_params(axis="y", length=0, pad=8)
@@ -116,6 +119,12 @@ def plain(name: str) -> str:
     return "".join(c if c.isprintable() else " " for c in str(name)).replace("$", r"\$")
 
 
+def short(name: str, most: int = 24) -> str:
+    """A name that fits beside a picture."""
+    name = str(name)
+    return plain(name if len(name) <= most else f"{name[: most - 1]}…")
+
+
 def thinned(count: int, most: int) -> np.ndarray:
     """At most so many places out of ``range(count)``, evenly spread, ends included."""
     return np.linspace(0, count - 1, min(count, most)).round().astype(int)
@@ -124,6 +133,17 @@ def thinned(count: int, most: int) -> np.ndarray:
 def four_digits(value: float) -> str:
     """A number with four significant digits."""
     return format(value, "#.4g").rstrip(".")
+
+
+def rounded(value: float, width: float) -> str:
+    """A number with three digits of a width, such as that of its interval."""
+    size = max(abs(value), width)
+    if not (0 < width < math.inf and size < math.inf):
+        return four_digits(value)
+    places = 2 - math.floor(math.log10(width))
+    if 1e-4 <= size < 1e12:
+        return f"{round(value, max(places, 0)) + 0.0:.{max(places, 0)}f}"  # + 0.0 for no "-0.00"
+    return f"{value:.{max(places + math.floor(math.log10(size)), 0)}e}"
 
 
 def expect_shape(name: str, value: np.ndarray, shape: tuple[int, ...]) -> None:

@@ -16,7 +16,7 @@ from latentlab.report.canvas import (
     expect_shape,
     legend,
     note,
-    plain,
+    short,
     thinned,
     word,
 )
@@ -102,7 +102,7 @@ def _draw_density(
     for k, part in enumerate(parts.mean(0).T if weights.shape[1] > 1 else ()):
         label, colour = _component(k, weights), COLOURS[k % len(COLOURS)]
         ax.plot(grid, part, linewidth=1.4, linestyle=(0, (5, 2)), color=colour, label=label)
-    ax.set(xlabel=plain(names[0]), ylabel="density", ylim=(0, None))
+    ax.set(xlabel=short(names[0], 40), ylabel="density", ylim=(0, None))
     ax.set_label(f"histogram of {names[0]} with the fitted density")
 
 
@@ -132,12 +132,13 @@ def _draw_ellipses(
             ax.add_patch(ellipse)
         word(ax, str(k), loc[k, dims] + (0, 2 * scale[k, dims[1]]), (0, 7))
     ax.autoscale_view()
-    ax.set(xlabel=plain(names[dims[0]]), ylabel=plain(names[dims[1]]))
+    ax.locator_params(axis="x", nbins=6)
+    ax.set(xlabel=short(names[dims[0]], 40), ylabel=short(names[dims[1]], 30))
     ax.set_label(f"scatter of {names[dims[0]]} and {names[dims[1]]} with the fitted components")
 
     notes = []
     if len(names) > 2:
-        notes += [f"the two of {len(names)} columns that tell the components apart best"]
+        notes += [f"the two of {len(names)} columns that set components apart best"]
     if len(rows) < len(whole):
         notes += [f"{len(rows):,} of {len(whole):,} rows are drawn, evenly thinned"]
     if len(whole) < len(x):
@@ -160,10 +161,11 @@ def _most_probable(
 
 
 def _bins(values: np.ndarray) -> int:
-    """Number of bins by the rule of Freedman and Diaconis, within reason."""
+    """Number of bins by the rule of Freedman and Diaconis, more where there are several modes."""
     quarter, three_quarters = np.quantile(values, (0.25, 0.75))
     width = 2 * (three_quarters - quarter) / len(values) ** (1 / 3)
-    return int(np.clip(np.ptp(values) / width if width else 1, 1, 80))
+    least = min(len(values) ** 0.5, 40) if np.ptp(values) else 1
+    return int(np.clip(np.ptp(values) / width if width else 1, least, 80))
 
 
 def _component(k: int, weights: np.ndarray) -> str:

@@ -23,11 +23,11 @@ from latentlab.report.canvas import (
     blank_panels,
     calm,
     expect_shape,
-    four_digits,
     legend,
     name_rows,
     note,
-    plain,
+    rounded,
+    short,
     thinned,
     word,
 )
@@ -112,13 +112,15 @@ def plot_intervals(
         The axes.
     """
     rows = np.arange(len(labels))
-    ax = blank_axes(ax, 0.24 * max(len(labels), 2) + 0.75)
+    ax = blank_axes(ax, 0.24 * max(len(labels), 2) + 0.85)
     ax.hlines(rows, lower, upper, color=BLUE, linewidth=2.2, alpha=0.55)
     ax.plot(mean, rows, "o", color=BLUE, markersize=5)
     for row, number in enumerate(zip(mean, lower, upper, strict=True)):
         # Beside a column in large units, the interval of one in small units is but a dot.
-        said = "{}  [{}, {}]".format(*map(four_digits, number))
+        said = "{}  [{}, {}]".format(*(rounded(n, number[2] - number[1]) for n in number))
+        said = said if number[1] < number[2] else rounded(number[0], 0.0)
         word(ax, said, (1.02, row), coords=("axes fraction", "data"), ha="left")
+    ax.locator_params(axis="x", nbins=5)
     ax.set_label(f"means and intervals of {len(labels)} numbers")
     return name_rows(ax, labels)
 
@@ -197,7 +199,7 @@ def plot_predictive(
             panel.plot(*_ecdf(replicate), color=BLUE, alpha=0.25, linewidth=0.8)
         panel.plot([], [], color=BLUE, linewidth=1.6, label="new data")
         panel.plot(*_ecdf(data), color=INK, linewidth=1.6, label="data")
-        calm(panel).set(xlabel=plain(names[d]), ylabel="share of rows", ylim=(-0.02, 1.02))
+        calm(panel).set(xlabel=short(names[d]), ylabel="share of rows", ylim=(-0.02, 1.02))
     legend(axes[0], loc="upper left")
     axes[0].set_label("distributions of the data and of new data, column by column")
     if len(columns) < len(names):
@@ -234,5 +236,5 @@ def _ecdf(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _robust_limits(losses: np.ndarray, others: np.ndarray) -> tuple[float, float]:
     low, high = np.quantile(losses, (0.002, 0.95))
     shown = np.append(others[np.isfinite(others)], (low, high))
-    margin = 0.06 * np.ptp(shown) or 1.0
+    margin = max(0.06 * np.ptp(shown), 0.1)  # less than a tenth of a nat is nothing to look at
     return float(shown.min() - margin), float(shown.max() + margin)
