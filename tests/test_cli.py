@@ -595,11 +595,10 @@ def test_a_place_that_cannot_be_written_to_is_found_before_the_fit(data, folder,
 
 
 @pytest.mark.usefixtures("no_fit")
-@pytest.mark.skipif(
-    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere"
-)
 def test_a_read_only_folder_is_found_before_the_fit(data, tmp_path):
     tmp_path.chmod(0o500)
+    if os.access(tmp_path, os.W_OK):
+        pytest.skip("this user may write anywhere")
     refused(run("fit", "gmm", data, "--components", 2, "--out", tmp_path / "run"), "Permission")
     tmp_path.chmod(0o700)
     assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -268,11 +268,9 @@ def _predictive_section(posterior: Posterior) -> list[Section]:
 
 
 def _facts(posterior: Posterior, name: str) -> dict[str, str]:
-    import pyro
-    import torch
+    import importlib.metadata
 
-    import latentlab
-
+    versions = [f"{p} {importlib.metadata.version(p)}" for p in ("latentlab", "torch", "pyro-ppl")]
     shapes = ", ".join("x".join(map(str, t.shape)) for t in posterior.pair.data.tensors())
     facts = {"model": name, "guide": _name(posterior.guide)}
     if shapes:
@@ -285,8 +283,7 @@ def _facts(posterior: Posterior, name: str) -> dict[str, str]:
         "method": f"{posterior.method}, backend {posterior.backend}",
         "seconds": f"{posterior.seconds:.1f}",
         "seed": str(posterior.seed),
-        "versions": f"latentlab {latentlab.__version__}, torch {torch.__version__}, "
-        f"pyro {pyro.__version__}",
+        "versions": ", ".join(versions),
     }
     return facts | ({"notes": "; ".join(posterior.notes)} if posterior.notes else {})
 
@@ -304,8 +301,4 @@ def _owner(function: Callable) -> Any:  # noqa: ANN401
 
 
 def _figure(ax: Axes) -> Figure:
-    from matplotlib.figure import Figure
-
-    figure = ax.get_figure()
-    assert isinstance(figure, Figure)  # of the plots of latentlab.report
-    return figure
+    return cast("Figure", ax.get_figure())
