@@ -243,6 +243,17 @@ def test_a_pair_of_ones_own_comes_back_to_the_byte(name, tmp_path):
         assert torch.equal(with_data.predict(2)[site], value)
 
 
+def test_a_module_of_both_halves_is_stored_once(tmp_path):
+    line = Line()
+    x = torch.linspace(-1, 1, 12)
+    posterior = ll.fit(line, (x, 2 * x), AutoNormal(line), **QUICK)
+    content = posterior.save(tmp_path / "one").read_bytes()
+    names = {name for name in read_tensors(content) if name.endswith("linear.bias")}
+    assert names == {"model.0.linear.bias", "store.linear.bias"}
+    pickle.dumps(posterior)  # which takes the model from a guide of Pyro
+    assert posterior.save(tmp_path / "two").read_bytes() == content
+
+
 def test_loading_leaves_the_pair_that_is_handed_in_as_it_is(tmp_path):
     line = Line()
     guide = AutoNormal(line)
@@ -301,6 +312,7 @@ def test_discrete_latents_need_the_data(tmp_path):
         (ll.GaussianMixture(2, 3), "GaussianMixture(num_features=2, num_components=3"),
         (ll.GaussianMixture(5, 2), "GaussianMixture(num_features=5, num_components=2"),
         (normal, "not normal"),
+        (ll.GaussianMixture, "not GaussianMixture; leave model= out"),
     ],
 )
 def test_another_model_is_named(stored, other, called):

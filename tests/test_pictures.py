@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import latentlab as ll
-from latentlab.inference import verdict
+from latentlab.inference import evidence
 from tests.test_report import Reader
 
 QUICK = {"num_restarts": 1, "max_steps": 420, "progress": False}
@@ -95,6 +95,7 @@ def test_every_kind_of_picture_of_a_mixture_can_be_drawn(posteriors, kind):
     figure.canvas.draw()
     pyplot = sys.modules.get("matplotlib.pyplot")
     assert pyplot is None or not pyplot.get_fignums()
+    assert figure._repr_svg_().startswith("<svg")  # a notebook shows it
 
 
 def test_the_fit_is_what_is_drawn_by_default(posteriors):
@@ -258,8 +259,8 @@ def test_a_model_is_called_by_its_name(model, name, tmp_path):
 
 
 def test_report_and_file_ask_for_one_verdict(tmp_path, monkeypatch):
-    posterior, calls, judge = fitted("one number"), [], verdict.judge
-    monkeypatch.setattr(verdict, "judge", lambda *args: calls.append(args) or judge(*args))
+    posterior, calls, gather = fitted("one number"), [], evidence.gather
+    monkeypatch.setattr(evidence, "gather", lambda *args: calls.append(args) or gather(*args))
     posterior.check()
     posterior.report(tmp_path)
     posterior.save(tmp_path)

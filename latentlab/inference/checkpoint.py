@@ -232,7 +232,7 @@ def _facts(posterior: Posterior) -> dict[str, Any]:
 
 def _description(model: Callable) -> dict[str, Any] | None:
     """What builds the model again; ``None`` for one that only its author has."""
-    if not isinstance(model, Rebuildable):
+    if isinstance(model, type) or not isinstance(model, Rebuildable):
         return None
     spec = model.spec()
     return spec if spec["class"] == type(model).__name__ else None  # not that of a base class

@@ -97,11 +97,11 @@ def _losses(posterior: Posterior, stop_reason: str | None = None) -> Axes:
 
 
 def _intervals(posterior: Posterior) -> Figure:
-    from matplotlib.figure import Figure
+    from latentlab.report.canvas import WIDTH, new_figure
 
     panels = list(itertools.islice(_panels(posterior), _PANELS))
     rows = [max(len(panel.labels), 2) for panel in panels]
-    figure = Figure(figsize=(5.0, 0.24 * sum(rows) + 0.85 * len(rows)), layout="constrained")
+    figure = new_figure(WIDTH, 0.24 * sum(rows) + 0.85 * len(rows))
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=rows)[:, 0]
     for ax, panel in zip(axes, panels, strict=True):
         panel.draw(ax)
@@ -143,11 +143,10 @@ def _panels(posterior: Posterior) -> Iterator[_Panel]:
 
 
 def _khat(posterior: Posterior) -> Axes:
-    from latentlab.inference.evidence import gather
     from latentlab.report.plots import plot_khat
 
     posterior._need_data("plot")
-    blocks = gather(posterior, None, None).blocks
+    blocks = posterior._evidence().blocks
     if not blocks:
         raise ValueError('kind: a point estimate has no k-hat; try "fit" or "losses"')
     khat, se = np.array([[block.khat, block.se] for block in blocks]).T
@@ -195,7 +194,8 @@ def _columns(posterior: Posterior) -> tuple[list[str], np.ndarray]:
 def _data_section(posterior: Posterior) -> list[Section]:
     from latentlab.report import Section
 
-    if not posterior.has_data or not isinstance(_owner(posterior.model), DrawsFit):
+    can_draw = isinstance(_owner(posterior.model), DrawsFit) and posterior.pair.data.tensors()
+    if not can_draw or not posterior.has_data:
         return []
     text = "The data with the fit drawn on them, at the posterior mean."
     return [Section("Data and fit", text, figures=(_figure(_fit(posterior)),))]

@@ -6,6 +6,7 @@ Letters: S draws, N rows, P particles, L latent numbers.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyro
 import pyro.poutine as poutine
 import torch
@@ -34,9 +36,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from latentlab.inference.evidence import Evidence
     from latentlab.inference.verdict import Verdict
 
 __all__ = ["Posterior"]
+
+_DRAWN_ELEMENTS = 2**27  # numbers that a summary draws, unless it is told to
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -87,7 +92,9 @@ class Posterior:
     def __getstate__(self) -> dict[str, Any]:
         # Copying or pickling a guide of Pyro takes its model away from it: hand out a copy.
         model, guide = copy_pair(self.model, self.guide)
-        return {**self.__dict__, "pair": replace(self.pair, model=model, guide=guide)}
+        state = {**self.__dict__, "pair": replace(self.pair, model=model, guide=guide)}
+        state.pop("_measured", None)  # of the original's model and guide
+        return state
 
     @property
     def model(self) -> Callable:
@@ -151,7 +158,8 @@ class Posterior:
         """New draws of the observed sites from the posterior predictive; never the data.
 
         Without data these are replicates of the rows that were fitted, given all latents. Other
-        data are new rows: latents that are local to the rows are drawn anew from the model.
+        data are new rows: latents in the plate of the rows are drawn anew from the model, as are
+        those whose shape is another one there.
 
         Arguments:
             num_samples: number of draws S.
@@ -181,8 +189,8 @@ class Posterior:
 
         .. math:: \sum_n \log \frac{1}{S} \sum_s p(x_n \mid z_s), \quad z_s \sim q
 
-        A datum n is an element of the plate that the observed sites share; without one, all data
-        are one datum. Latents that are local to the data are drawn anew from the model.
+        A datum n is a row: an element of the plate over the first axis of the data; without a
+        plate, all data are one datum. Latents in that plate are drawn anew from the model.
 
         Arguments:
             data: held-out data, in the form that ``fit`` was given.
@@ -196,16 +204,16 @@ class Posterior:
         arguments = self._arguments(data, "log_prob")
         with torch.no_grad(), self._entered("log_prob", seed):
             pair, draws = self._given(num_samples, arguments, own=False)
-            return log_mean_exp(predictive.log_density(pair, draws))
+            return log_mean_exp(predictive.log_density(pair, draws, self._plate))
 
-    def summary(self, num_samples: int = 4000, seed: int | None = None) -> pd.DataFrame:
+    def summary(self, num_samples: int | None = None, seed: int | None = None) -> pd.DataFrame:
         """Mean, sd and quantiles of every continuous latent, in the units of the data.
 
         Components that may swap labels are aligned first. ``mcse`` is the Monte Carlo standard
         error of the mean. Discrete latents have no such figures: count their draws in ``sample``.
 
         Arguments:
-            num_samples: number of draws S behind the figures.
+            num_samples: draws S behind the figures; by default 4000, fewer for very many latents.
             seed: by default the fit's.
 
         Returns:
@@ -213,18 +221,15 @@ class Posterior:
         """
         import pandas as pd
 
+        num_latents = sum(math.prod(z.shape) for z in self.pair.latents)
+        if num_samples is None:
+            num_samples = min(4000, max(200, _DRAWN_ELEMENTS // max(num_latents, 1)))
         num_samples = as_count(num_samples, "num_samples", minimum=2)
-        columns = ["site", "index", "mean", "sd", "q05", "q50", "q95", "mcse"]
-        rows = []
+        frames = []
         for site, draws in self._aligned(num_samples, seed).draws.items():
-            flat = draws.reshape(len(draws), -1).double()
-            quantiles = flat.quantile(torch.tensor([0.05, 0.5, 0.95]).to(flat), dim=0)
-            unit = flat.abs().amax(0).clamp_min(1e-300)  # the square of a tiny number is zero
-            sd = unit * (flat / unit).std(0)
-            for i, label in enumerate(self._labels(site, tuple(draws.shape[1:]))):
-                row = [flat[:, i].mean(), sd[i], *quantiles[:, i], sd[i] / len(flat) ** 0.5]
-                rows.append([site, label, *map(float, row)])
-        return pd.DataFrame(rows, columns=columns)
+            labels = self._labels(site, tuple(draws.shape[1:]))
+            frames.append(pd.DataFrame({"site": site, "index": labels, **_figures(draws)}))
+        return pd.concat(frames, ignore_index=True)
 
     def check(self, num_samples: int | None = None, seed: int | None = None) -> Verdict:
         """The verdict: whether to use this posterior, why, and what to try next.
@@ -236,17 +241,11 @@ class Posterior:
         Returns:
             A :class:`Verdict`; a posterior loaded without its data returns the stored one.
         """
-        from latentlab.inference.checkpoint import digest_of
-        from latentlab.inference.verdict import Verdict, judge
+        from latentlab.inference.verdict import Verdict, decide
 
         if not self.has_data and self.recorded is not None:
             return Verdict.from_spec(self.recorded)
-        self._need_data("check")
-        # A report, a file and a reader ask for the same verdict; other numbers get another one.
-        key = (num_samples, seed, id(self.model), id(self.guide), digest_of(self.pair))
-        if key not in self._verdicts:
-            self._verdicts[key] = judge(self, num_samples, seed)
-        return self._verdicts[key]
+        return decide(self._evidence(num_samples, seed))
 
     def to_arviz(self, num_samples: int = 1000, seed: int | None = None) -> arviz.InferenceData:
         """An ArviZ object with posterior, predictive and observed groups, columns named.
@@ -378,7 +377,8 @@ class Posterior:
     def _given(self, num_samples: int, arguments: Arguments, own: bool) -> tuple[Pair, Draws]:
         """The pair at some data, and draws of the latents that these share with the fit."""
         pair, draws = self.pair, objectives.draw(self.pair, num_samples)
-        anew = () if own else tuple(z for z in pair.summed_out if predictive.is_local(pair, z))
+        local = (z for z in pair.summed_out if predictive.is_local(pair, z, self._plate))
+        anew = () if own else tuple(local)
         if len(anew) < len(pair.summed_out):
             if not own:
                 self._need_data("discrete latents")
@@ -386,11 +386,26 @@ class Posterior:
             labels = predictive.draw_labels(fitted, draws)
             draws = replace(draws, values=draws.values | labels)
         pair = replace(pair, data=arguments, summed_out=anew)
-        return pair, draws if own else predictive.shared(pair, draws)
+        return pair, draws if own else predictive.shared(pair, draws, self._plate)
+
+    def _evidence(self, num_samples: int | None = None, seed: int | None = None) -> Evidence:
+        """What the verdict rests on: measured once, and anew when a number has changed."""
+        from latentlab.inference.checkpoint import digest_of
+        from latentlab.inference.evidence import gather
+
+        self._need_data("check")
+        key = (num_samples, seed, id(self.model), id(self.guide), digest_of(self.pair))
+        if key not in self._measured:
+            self._measured[key] = gather(self, num_samples, seed)
+        return self._measured[key]
 
     @cached_property
-    def _verdicts(self) -> dict[tuple, Verdict]:
+    def _measured(self) -> dict[tuple, Evidence]:
         return {}
+
+    @cached_property
+    def _plate(self) -> str | None:
+        return predictive.datum_plate(self.pair)
 
     @cached_property
     def _axes(self) -> Mapping[str, int]:
@@ -429,3 +444,15 @@ class Posterior:
 
     def _labels(self, site: str, shape: tuple[int, ...]) -> list[str]:
         return [", ".join(parts) for parts in itertools.product(*self._coords(site, shape))]
+
+
+def _figures(draws: Tensor) -> dict[str, np.ndarray]:
+    """Mean, sd, quantiles and standard error of the mean of every number of draws (S, ...)."""
+    flat = draws.reshape(len(draws), -1).numpy(force=True).astype(float)  # (S, L)
+    mean = flat.mean(0)
+    flat -= mean
+    unit = np.maximum(np.abs(flat).max(0), 1e-300)  # the square of a tiny number is zero
+    sd = unit * (flat / unit).std(0, ddof=1)
+    q05, q50, q95 = mean + np.quantile(flat, (0.05, 0.5, 0.95), axis=0)
+    mcse = sd / len(flat) ** 0.5
+    return {"mean": mean, "sd": sd, "q05": q05, "q50": q50, "q95": q95, "mcse": mcse}

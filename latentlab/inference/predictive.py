@@ -1,7 +1,7 @@
 r"""What a pair says of data, given draws of its latents.
 
-A *datum* is an element of the plate that the observed sites share. Latents in that plate are
-local: new data have their own, drawn anew from the model,
+A *datum* is a row: an element of the plate over the first axis of the data. Latents in that plate
+are local: new data have their own, drawn anew from the model,
 
 .. math:: p(x^*_n \mid x) \approx \frac{1}{S} \sum_s p(x^*_n \mid \theta_s, z_s), \quad
           \theta_s \sim q, \; z_s \sim p(z \mid \theta_s),
@@ -61,16 +61,21 @@ def as_fitted(data: Any, pair: Pair) -> Arguments:  # noqa: ANN401
 def datum_plate(pair: Pair) -> str | None:
     """The plate whose elements are the data; ``None`` where the data are one datum.
 
-    That of the local latents, or else the outermost one that all observed sites stand in.
+    Of the plates that all observed sites stand in, the one over the first axis of the data; if
+    there is none, that of the local latents, or else the outermost.
     """
-    stacks = [[name for name, _, _ in pair.plates[site]] for site in pair.observed]
-    common = [name for name in stacks[0] if all(name in s for s in stacks)] if stacks else []
-    return pair.local_plate() or next(iter(common), None)
+    stacks = [pair.plates[site] for site in pair.observed]
+    common = [plate for plate in stacks[0] if all(plate in s for s in stacks)] if stacks else []
+    lengths = {len(tensor) for tensor in pair.data.tensors() if tensor.dim()}
+    over_rows = sorted((dim, name) for name, size, dim in common if size in lengths)
+    if over_rows:
+        return over_rows[0][1]
+    return pair.local_plate() or next((name for name, _, _ in common), None)
 
 
-def is_local(pair: Pair, site: str) -> bool:
-    """Whether each datum has its own value of a site."""
-    return datum_plate(pair) in {name for name, _, _ in pair.plates.get(site, ())}
+def is_local(pair: Pair, site: str, plate: str | None) -> bool:
+    """Whether each datum, an element of the plate, has its own value of a site."""
+    return plate in {name for name, _, _ in pair.plates.get(site, ())}
 
 
 def draw_labels(pair: Pair, draws: Draws) -> dict[str, Tensor]:
@@ -90,12 +95,13 @@ def draw_labels(pair: Pair, draws: Draws) -> dict[str, Tensor]:
     return {name: torch.cat([part[name] for part in parts]) for name in pair.summed_out}
 
 
-def shared(pair: Pair, draws: Draws) -> Draws:
+def shared(pair: Pair, draws: Draws, plate: str | None) -> Draws:
     """Draws of the global latents that have the same shape in the data of ``pair``.
 
     Arguments:
         pair: the pair, entered, with new data.
         draws: draws of all latents, for the data that were fitted.
+        plate: that of the data, see :func:`datum_plate`.
 
     Raises:
         ValueError: if the model does not observe there what it observed in the fit.
@@ -112,7 +118,7 @@ def shared(pair: Pair, draws: Draws) -> Draws:
         for name, value in draws.values.items()
         if name in record.values
         and tuple(record.values[name].shape) == pair.shapes[name]
-        and not is_local(pair, name)
+        and not is_local(pair, name, plate)
     }
     return replace(draws, values=kept)
 
@@ -134,23 +140,24 @@ def replicate(pair: Pair, draws: Draws) -> dict[str, Tensor]:
     return {name: torch.cat([part[name] for part in parts]) for name in pair.observed}
 
 
-def log_density(pair: Pair, draws: Draws) -> Tensor:
+def log_density(pair: Pair, draws: Draws, plate: str | None) -> Tensor:
     """Log-density of each datum at each draw (S, N); N is 1 where the data are one datum.
 
     Arguments:
         pair: the pair, entered, with the data.
         draws: draws of the latents; those not given are drawn from the model.
+        plate: that of the data, see :func:`datum_plate`.
     """
-    return torch.cat([_log_density(pair, part) for part in chunks(pair, draws)])
+    return torch.cat([_log_density(pair, part, plate) for part in chunks(pair, draws)])
 
 
-def _log_density(pair: Pair, draws: Draws) -> Tensor:
+def _log_density(pair: Pair, draws: Draws, plate: str | None) -> Tensor:
     if pair.vectorised:  # latents that are not given need a draw for every particle
         with objectives.particles(len(draws), pair):
             found = objectives.site_log_probs(pair, draws)
     else:
         found = objectives.site_log_probs(pair, draws)
-    plate, num_samples = datum_plate(pair), len(draws)
+    num_samples = len(draws)
     by_datum: list[Tensor] = []
     others: list[Tensor] = []
     for site in pair.observed:
