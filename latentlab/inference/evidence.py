@@ -103,7 +103,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class Evidence:
-    """All figures; :func:`latentlab.inference.verdict.judge` reads them."""
+    """All figures; :func:`latentlab.inference.verdict.decide` reads them."""
 
     converged: bool
     stop_reason: str

@@ -29,15 +29,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from latentlab.diagnostics import Estimate
-from latentlab.inference.evidence import Block, Evidence, gather
+from latentlab.inference.evidence import Block, Evidence
 
-if TYPE_CHECKING:
-    from latentlab.inference.posterior import Posterior
-
-__all__ = ["LEVELS", "Verdict", "decide", "judge"]
+__all__ = ["LEVELS", "Verdict", "decide"]
 
 LEVELS = ("use", "use with care", "do not use")
 
@@ -97,17 +94,6 @@ class Verdict:
         return cls(spec["level"], reasons, steps, dict(spec["evidence"]))
 
 
-def judge(posterior: Posterior, num_samples: int | None, seed: int | None) -> Verdict:
-    """Gather the evidence on a posterior and apply the rules.
-
-    Arguments:
-        posterior: a posterior with its data.
-        num_samples: draws behind each k-hat, ``None`` for the default.
-        seed: of those draws, ``None`` for the fit's.
-    """
-    return decide(gather(posterior, num_samples, seed))
-
-
 def decide(evidence: Evidence) -> Verdict:
     """Apply the rules to evidence.
 
@@ -149,7 +135,7 @@ def _richer(evidence: Evidence) -> str:
 
 
 def _block(block: Block, wider: str) -> Finding:
-    reason = f"k-hat of {block.name}: {block.result}"
+    reason = f"{block.name}: {block.result}"
     if block.share_bad is None:
         khat = block.khat
         if not math.isfinite(khat) and khat > 0 or khat > 0.7:
