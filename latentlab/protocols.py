@@ -6,7 +6,7 @@ A method that is there is used; nothing else about the object is known.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -22,7 +22,13 @@ __all__ = [
     "ScalesToData",
     "StartsFrom",
     "ToleratesMissing",
+    "owner_of",
 ]
+
+
+def owner_of(function: Callable) -> Any:  # noqa: ANN401
+    """The object that lends: a model or guide itself, or what a bound method is bound to."""
+    return getattr(function, "__self__", function)
 
 
 @runtime_checkable

@@ -592,7 +592,10 @@ def test_a_stored_mixture_keeps_its_units(posterior, tmp_path):
 # ---- what the model lends -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("protocol", protocols.__all__)
+PROTOCOLS = [name for name in protocols.__all__ if isinstance(getattr(protocols, name), type)]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_a_mixture_lends_all_there_is(protocol):
     assert isinstance(ll.GaussianMixture(2, 2), getattr(protocols, protocol))
 

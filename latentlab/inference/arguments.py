@@ -16,7 +16,7 @@ from latentlab.data.convert import as_table
 from latentlab.data.load import load
 from latentlab.data.table import Table
 from latentlab.inference.pair import Arguments, modules_of
-from latentlab.protocols import ScalesToData, ToleratesMissing
+from latentlab.protocols import ScalesToData, ToleratesMissing, owner_of
 
 __all__ = ["as_arguments"]
 
@@ -53,7 +53,7 @@ def as_arguments(data: Any, model: Callable) -> Arguments:  # noqa: ANN401
     """
     if isinstance(data, Arguments):
         return data
-    owner = getattr(model, "__self__", model)
+    owner = owner_of(model)
     reader = _Reader(
         _dtype_of(model), isinstance(owner, ToleratesMissing) and bool(owner.tolerates_missing)
     )

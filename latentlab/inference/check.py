@@ -35,7 +35,7 @@ from latentlab.inference.pair import (
     observed_of,
     plates_of,
 )
-from latentlab.protocols import OffersGuide, ScalesToData
+from latentlab.protocols import OffersGuide, ScalesToData, owner_of
 
 __all__ = ["Fault", "PairReport", "accepts_size", "check_pair", "prepare"]
 
@@ -119,7 +119,7 @@ def prepare(
     """
     model, guide_function = copy_pair(model, _named_guide(guide))
     arguments = as_arguments(data, model)
-    owner = getattr(model, "__self__", model)
+    owner = owner_of(model)
     if isinstance(owner, ScalesToData):
         table = [Table(x, arguments.names) for x in arguments.args if arguments.names]
         owner.scale_to(*(table or arguments.args), **arguments.kwargs)  # names, for its warnings
@@ -187,7 +187,7 @@ def _named_guide(guide: Any) -> Any:  # noqa: ANN401
 
 
 def _default_guide(pair: Pair) -> GaussianGuide:
-    owner = getattr(pair.model, "__self__", pair.model)
+    owner = owner_of(pair.model)
     if isinstance(owner, OffersGuide):
         return owner.default_guide()
     numbers = sum(torch.Size(latent.free_shape).numel() for latent in pair.latents)

@@ -27,7 +27,7 @@ from latentlab.inference.restarts import Place, Restarts, distances
 from latentlab.inference.sandbox import manual_seed, stream
 from latentlab.inference.stages import Climb, FitDivergedError, State, evaluate
 from latentlab.inference.starts import Starts
-from latentlab.protocols import Exchangeable
+from latentlab.protocols import Exchangeable, owner_of
 
 __all__ = ["FitDivergedError", "fit"]
 
@@ -245,6 +245,8 @@ def _climb(
             try:
                 Starts(pair, settings.seed).place(start)
                 draws, elbo = climb.warm_up(_WARM_UP, rate)
+                if math.isnan(elbo.value):
+                    elbo = Estimate(-math.inf, 0.0)  # the worst; a NaN is neither
                 warm.append((elbo.value, climb, climb.state()))
                 values = draws.values
             except FitDivergedError as diverged:
@@ -268,7 +270,7 @@ def _agreement(pair: Pair, elbos: list[Estimate], places: list[Place]) -> Restar
     """How far the starts agree; how far they are apart is known where a guide has a spread."""
     if not elbos or pair.is_point() or not all(place.mean for place in places):
         return Restarts(tuple(elbos))
-    owner = getattr(pair.model, "__self__", pair.model)
+    owner = owner_of(pair.model)
     axes = owner.exchangeable if isinstance(owner, Exchangeable) else {}
     best = max(range(len(elbos)), key=lambda i: elbos[i].value)
     return Restarts(tuple(elbos), distances(places, best, axes))

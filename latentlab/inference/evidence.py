@@ -37,7 +37,7 @@ from latentlab.diagnostics import (
 from latentlab.guides import Draws, FullRank, GaussianGuide, MeanField
 from latentlab.inference import objectives
 from latentlab.inference.stages import chunks, particle_chunk
-from latentlab.protocols import Describes
+from latentlab.protocols import Describes, owner_of
 
 if TYPE_CHECKING:
     from latentlab.inference.posterior import Posterior
@@ -152,7 +152,7 @@ def gather(posterior: Posterior, num_samples: int | None, seed: int | None) -> E
     keep = not is_point and num_samples * num_figures <= _KEPT
     draws, log_weights = posterior._weighted(2 if is_point else num_samples, seed, keep)
     blocks = () if is_point else _blocks(posterior, log_weights, seed)
-    owner = getattr(pair.model, "__self__", pair.model)
+    owner = owner_of(pair.model)
     aligned = posterior._aligned(1000, seed) if pair.latents else None
     return Evidence(
         converged=posterior.converged,
@@ -197,7 +197,7 @@ def _blocks(posterior: Posterior, log_weights: Tensor, seed: int | None) -> tupl
     pair = posterior.pair
     splits = isinstance(pair.guide, MeanField) or not isinstance(pair.guide, GaussianGuide)
     local = pair.local_plate() is not None and pair.vectorised and not pair.summed_out
-    if joint.khat <= 0.7 or not (splits and local):
+    if joint.khat <= _RELIABLE or not (splits and local):
         return (joint,)
     return _local_blocks(posterior, seed)
 
@@ -220,7 +220,7 @@ def _local_blocks(posterior: Posterior, seed: int | None) -> tuple[Block, ...]:
     """Global latents with the local ones integrated out, and each datum on its own."""
     pair = posterior.pair
     plate = pair.local_plate()
-    outer_weights, inner_means = [], None
+    outer_weights = []
     chunk = max(1, particle_chunk(pair, _OUTER * _INNER) // _INNER)
     has_global = any(not pair.is_local(z.name) for z in pair.latents)
     with torch.no_grad(), posterior._entered("blocks", seed):

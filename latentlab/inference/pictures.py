@@ -9,11 +9,11 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from latentlab.protocols import DrawsFit
+from latentlab.protocols import DrawsFit, owner_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,7 +80,7 @@ def write_report(posterior: Posterior, path: str | Path) -> Path:
 
 def _fit(posterior: Posterior) -> Axes:
     posterior._need_data("plot")
-    owner, tables = _owner(posterior.model), posterior.pair.data.tensors()
+    owner, tables = owner_of(posterior.model), posterior.pair.data.tensors()
     if not isinstance(owner, DrawsFit) or not tables:
         raise ValueError('kind: this model draws no "fit"; try "predictive" or "intervals"')
     x = tables[0]
@@ -194,7 +194,7 @@ def _columns(posterior: Posterior) -> tuple[list[str], np.ndarray]:
 def _data_section(posterior: Posterior) -> list[Section]:
     from latentlab.report import Section
 
-    can_draw = isinstance(_owner(posterior.model), DrawsFit) and posterior.pair.data.tensors()
+    can_draw = isinstance(owner_of(posterior.model), DrawsFit) and posterior.pair.data.tensors()
     if not can_draw or not posterior.has_data:
         return []
     text = "The data with the fit drawn on them, at the posterior mean."
@@ -294,10 +294,6 @@ def _name(function: Callable) -> str:
     name = getattr(function, "__name__", type(function).__name__)
     owner = getattr(function, "__self__", None)
     return name if owner is None else f"{type(owner).__name__}.{name}"
-
-
-def _owner(function: Callable) -> Any:  # noqa: ANN401
-    return getattr(function, "__self__", function)
 
 
 def _figure(ax: Axes) -> Figure:

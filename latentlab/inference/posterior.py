@@ -28,7 +28,7 @@ from latentlab.inference.pair import Arguments, Pair, copy_pair
 from latentlab.inference.restarts import Restarts
 from latentlab.inference.sandbox import stream
 from latentlab.inference.stages import particle_chunk
-from latentlab.protocols import Exchangeable, NamesDims
+from latentlab.protocols import Exchangeable, NamesDims, owner_of
 
 if TYPE_CHECKING:
     import arviz
@@ -410,7 +410,7 @@ class Posterior:
     @cached_property
     def _axes(self) -> Mapping[str, int]:
         """Axes over exchangeable components; empty for a model that does not say."""
-        owner = getattr(self.pair.model, "__self__", self.pair.model)
+        owner = owner_of(self.pair.model)
         return owner.exchangeable if isinstance(owner, Exchangeable) else {}
 
     def _aligned(
@@ -425,7 +425,7 @@ class Posterior:
         return Alignment(draws | dict(aligned.draws), aligned.permutations, aligned.switched)
 
     def _dims(self, site: str, num_axes: int) -> tuple[str, ...]:
-        owner = getattr(self.pair.model, "__self__", self.pair.model)
+        owner = owner_of(self.pair.model)
         if isinstance(owner, NamesDims) and len(owner.dims.get(site, ())) == num_axes:
             return tuple(owner.dims[site])
         return tuple(f"{site}_dim_{i}" for i in range(num_axes))

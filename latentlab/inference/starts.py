@@ -31,7 +31,7 @@ from latentlab.inference import objectives
 from latentlab.inference.pair import Pair
 from latentlab.inference.sandbox import manual_seed, stream
 from latentlab.inference.stages import evaluate, first_bad
-from latentlab.protocols import StartsFrom
+from latentlab.protocols import StartsFrom, owner_of
 
 __all__ = ["Starts"]
 
@@ -86,7 +86,7 @@ class Starts:
         unit = ((high - low) / 2).clamp_min(1e-8 * center.abs() + 1e-300)
         if start or attempt:
             center = free[0].clamp(center - 2 * unit, center + 2 * unit)
-        owner = getattr(self.pair.model, "__self__", self.pair.model)
+        owner = owner_of(self.pair.model)
         if isinstance(owner, StartsFrom):
             data = self.pair.data
             values = owner.starting_values(*data.args, seed=seed, **data.kwargs)
