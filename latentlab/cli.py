@@ -165,7 +165,7 @@ def _predict(
             raise ValueError(f"{run}: a {type(model).__name__} has no labels for rows")
         table = _matching(posterior, data, columns)
         _expect_writable(out, data)
-        labels = model.label_rows(table.x, posterior._aligned(_DRAWS, seed).draws)
+        labels = model.label_rows(posterior._aligned(_DRAWS, seed).draws, table.x)
     _write_table({name: value.numpy(force=True) for name, value in labels.items()}, out)
 
 

@@ -90,7 +90,7 @@ class ToleratesMissing(Protocol):
 class LabelsRows(Protocol):
     """A model that says something about each row of a table: a label, a probability."""
 
-    def label_rows(self, x: Tensor, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def label_rows(self, draws: Mapping[str, Tensor], *data: Any) -> dict[str, Tensor]:  # noqa: ANN401
         """Column name -> one value a row, averaged over the draws."""
 
 
@@ -98,7 +98,7 @@ class LabelsRows(Protocol):
 class DrawsFit(Protocol):
     """A model that can draw itself on its data."""
 
-    def plot_fit(self, x: Tensor, draws: Mapping[str, Tensor], names: Sequence[str]) -> Any:  # noqa: ANN401
+    def plot_fit(self, draws: Mapping[str, Tensor], names: Sequence[str], *data: Any) -> Any:  # noqa: ANN401
         """Axes with the data and the fit on them."""
 
 
@@ -106,7 +106,7 @@ class DrawsFit(Protocol):
 class Describes(Protocol):
     """A model with something of its own to say after a fit."""
 
-    def remarks(self, draws: Mapping[str, Tensor]) -> list[str]:
+    def remarks(self, draws: Mapping[str, Tensor], *data: Any) -> list[str]:  # noqa: ANN401
         """Sentences for the verdict; each one asks for care."""
 
 

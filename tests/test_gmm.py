@@ -437,7 +437,7 @@ def test_labels_and_densities_are_averages_over_draws(chunk, monkeypatch):
     np.testing.assert_allclose(model.responsibilities(torch.from_numpy(x), draws), odds)
     found = model.log_prob(torch.from_numpy(x), draws)
     np.testing.assert_allclose(found, log_prob, rtol=1e-10, atol=1e-10)
-    columns = model.label_rows(torch.from_numpy(x), draws)
+    columns = model.label_rows(draws, torch.from_numpy(x))
     names = ["component", "probability_0", "probability_1", "probability_2", "log_prob"]
     assert list(columns) == names
     np.testing.assert_array_equal(columns["component"], odds.argmax(1))
@@ -644,7 +644,7 @@ def test_a_picture_of_the_fit(D):
     rng = np.random.default_rng(15)
     x = torch.from_numpy(rows_of(rng, 40, D, missing=0.1))
     names = [f"column {d}" for d in range(D)]
-    ax = ll.GaussianMixture(D, 2).scale_to(x).plot_fit(x, latents(rng, 2, D, (5,)), names)
+    ax = ll.GaussianMixture(D, 2).scale_to(x).plot_fit(latents(rng, 2, D, (5,)), names, x)
     assert ax.get_xlabel() in names
     assert ax.lines
     ax.figure.canvas.draw()

@@ -167,7 +167,7 @@ def gather(posterior: Posterior, num_samples: int | None, seed: int | None) -> E
         restarts=posterior.restarts,
         kl={} if is_point else _kl_to_prior(posterior, seed),
         switched=aligned.switched if aligned is not None and posterior._axes else None,
-        remarks=tuple(owner.remarks(aligned.draws))
+        remarks=tuple(owner.remarks(aligned.draws, *pair.data.args))
         if isinstance(owner, Describes) and aligned is not None
         else (),
     )

@@ -85,7 +85,7 @@ def _fit(posterior: Posterior) -> Axes:
         raise ValueError('kind: this model draws no "fit"; try "predictive" or "intervals"')
     x = tables[0]
     names = posterior.names or tuple(f"x{i}" for i in range(x.shape[-1]))
-    return owner.plot_fit(x, posterior._aligned(500).draws, names)
+    return owner.plot_fit(posterior._aligned(500).draws, names, *posterior.pair.data.args)
 
 
 def _losses(posterior: Posterior, stop_reason: str | None = None) -> Axes:

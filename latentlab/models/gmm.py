@@ -223,14 +223,14 @@ class GaussianMixture(nn.Module):
         log_sum = self._average(x, draws, lambda joint: joint.logsumexp(-1).logsumexp(0))
         return log_sum - math.log(len(draws["weights"]))
 
-    def label_rows(self, x: Tensor | Table, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def label_rows(self, draws: Mapping[str, Tensor], x: Tensor | Table) -> dict[str, Tensor]:
         """Columns for a table of rows: the most probable component, its odds, the log-density."""
         probs = self.responsibilities(x, draws)
         columns = {"component": probs.argmax(-1)}
         columns |= {f"probability_{k}": probs[:, k] for k in range(self.num_components)}
         return columns | {"log_prob": self.log_prob(x, draws)}
 
-    def remarks(self, draws: Mapping[str, Tensor]) -> list[str]:
+    def remarks(self, draws: Mapping[str, Tensor], *data: Any) -> list[str]:  # noqa: ANN401
         r"""What the draws say about the number of components.
 
         A component may hold no rows, or be another one twice. The effective number counts neither:
@@ -257,7 +257,7 @@ class GaussianMixture(nn.Module):
             f"{self.num_components}): try fewer components"
         ]
 
-    def plot_fit(self, x: Tensor, draws: Mapping[str, Tensor], names: Sequence[str]) -> Any:  # noqa: ANN401
+    def plot_fit(self, draws: Mapping[str, Tensor], names: Sequence[str], x: Tensor) -> Any:  # noqa: ANN401
         """The data with the fitted components drawn on them; returns matplotlib axes."""
         from latentlab.report.plots import plot_mixture
 

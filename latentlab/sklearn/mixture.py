@@ -1,15 +1,4 @@
-r"""Estimators with the interface of scikit-learn, each a fit of latentlab underneath.
-
-What a point estimate plugs in is here averaged over draws :math:`\theta_s` of the posterior,
-
-.. math::
-    \texttt{score\_samples}(x) = \log \frac{1}{S} \sum_s p(x \mid \theta_s), \quad
-    \texttt{predict\_proba}(x)_k = \frac{1}{S} \sum_s p(z = k \mid x, \theta_s),
-
-the same draws in every call, so that a fitted estimator always answers alike.
-
-``X`` stands for rows of any kind: an array, a list, a pandas or polars frame, a tensor, or a
-:class:`latentlab.data.Table`. Answers are NumPy arrays.
+"""``GaussianMixture`` with the interface of scikit-learn.
 
 Letters: N rows, D features, K components, S draws.
 """
@@ -24,16 +13,16 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator, DensityMixin
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import Tags, check_random_state
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils import Tags
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from latentlab import models
-from latentlab.data.checks import as_count, as_rows, as_seed
-from latentlab.data.convert import as_table, column_names
+from latentlab.data.checks import as_count
 from latentlab.data.table import Table
 from latentlab.diagnostics import align
 from latentlab.inference.engine import fit
+from latentlab.sklearn.rows import read_rows, seed_of
 
 if TYPE_CHECKING:
     from latentlab.inference.verdict import Verdict
@@ -189,7 +178,7 @@ class GaussianMixture(DensityMixin, BaseEstimator):
         """
         check_is_fitted(self, "posterior_")
         N = as_count(n_samples, "n_samples")
-        rng = np.random.default_rng(_seed(self.random_state))
+        rng = np.random.default_rng(seed_of(self.random_state))
         draws = self._draws()
         weights, locs = draws["weights"].numpy(), draws["locs"].numpy()
         scales = self._scales(draws).numpy()
@@ -214,7 +203,7 @@ class GaussianMixture(DensityMixin, BaseEstimator):
 
     def _fit(self, X: Any) -> GaussianMixture:  # noqa: ANN401
         model_arguments = self._model_arguments()
-        table = self._rows(X, reset=True)
+        table = read_rows(self, X, reset=True)
         N, D = table.x.shape
         if N < model_arguments["num_components"]:
             raise ValueError(
@@ -228,7 +217,7 @@ class GaussianMixture(DensityMixin, BaseEstimator):
             num_restarts=as_count(self.n_init, "n_init"),
             max_steps=as_count(self.max_iter, "max_iter"),
             tol=self.tol,
-            seed=_seed(self.random_state),
+            seed=seed_of(self.random_state),
             progress=bool(self.verbose),
         )
         self.posterior_, self._verdict = posterior, None
@@ -292,29 +281,7 @@ class GaussianMixture(DensityMixin, BaseEstimator):
 
     def _new_rows(self, X: Any) -> Tensor:  # noqa: ANN401
         check_is_fitted(self, "posterior_")
-        return self._rows(X, reset=False).x
-
-    def _rows(self, X: Any, *, reset: bool) -> Table:  # noqa: ANN401
-        """Rows that pass the checks of scikit-learn, then ours, float64; ``reset`` in a fit."""
-        names, rows = column_names(X), X
-        if names is not None:  # a frame, or a table with names
-            import pandas as pd
-
-            rows = as_table(X, names, argument="X")
-            X = pd.DataFrame(rows.x.numpy(force=True), columns=getattr(X, "columns", names))
-        elif isinstance(X, Table | Tensor):
-            rows = as_table(X, argument="X")
-            X = rows.x.numpy(force=True)
-        # Numbers are for as_rows to check: it says where they are, and text of digits is none.
-        validate_data(self, X, reset=reset, ensure_all_finite=False, ensure_min_samples=1 + reset)
-        table = as_rows(rows, argument="X", min_rows=1 + reset, allow_missing=True)
-        return Table(table.x.to("cpu", torch.float64), table.names)
-
-
-def _seed(random_state: Any) -> int:  # noqa: ANN401
-    if random_state is None or isinstance(random_state, np.random.RandomState):
-        return int(check_random_state(random_state).randint(2**31 - 1))
-    return as_seed(random_state, "random_state")
+        return read_rows(self, X, reset=False).x
 
 
 def _check_variances(table: Table) -> None:
