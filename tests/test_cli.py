@@ -22,6 +22,7 @@ from scipy.special import logsumexp
 
 import latentlab as ll
 from latentlab import cli
+from latentlab.cli.show import _rounded
 from latentlab.inference import checkpoint
 from latentlab.inference.stages import Climb
 
@@ -648,11 +649,11 @@ def test_ctrl_c_ends_the_climb_and_keeps_what_it_reached(method, data, tmp_path,
 @given(st.floats(-1e12, 1e12), st.floats(-12, 12))
 def test_numbers_are_shown_to_a_twentieth_of_their_sd(value, size):
     sd = 10.0**size
-    shown = float(cli._rounded(value, sd))
+    shown = float(_rounded(value, sd))
     assert abs(shown - value) <= 0.0501 * sd + 1e-15 * abs(value)
 
 
 def test_numbers_without_a_spread_are_shown_to_four_digits():
-    assert cli._rounded(123456.0, 0.0) == "1.235e+05"
-    assert cli._rounded(float("nan"), 1.0) == "nan"
-    assert cli._rounded(80.0, 0.5) == "80.00"
+    assert _rounded(123456.0, 0.0) == "1.235e+05"
+    assert _rounded(float("nan"), 1.0) == "nan"
+    assert _rounded(80.0, 0.5) == "80.00"

@@ -1,0 +1,126 @@
+"""What comes out: a folder of results, or a table."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+import latentlab as ll
+from latentlab.cli.inputs import bad_input
+from latentlab.cli.show import (
+    busy,
+    show,
+    show_json,
+    show_pairs,
+    show_summary,
+    show_verdict,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["EXIT", "facts", "fit_and_write", "write_table"]
+
+EXIT = {"use": 0, "use with care": 0, "do not use": 1}
+INTERRUPTED = 130
+
+FILES = {
+    "report": "report.html",
+    "posterior": "posterior.nc",
+    "summary": "summary.csv",
+    "model": "model.safetensors",
+}
+
+
+def fit_and_write(
+    model: Any,  # noqa: ANN401
+    table: ll.data.Table,
+    out: Path,
+    settings: Mapping[str, Any],
+    texts: Mapping[str, str] | None = None,
+    *,
+    as_json: bool,
+) -> None:
+    """Fit, judge, write and show; ``texts`` are further files for the folder."""
+    with results_in(out) as aside:
+        try:
+            with bad_input():
+                posterior = ll.fit(model, table, **settings)
+        except ll.FitDivergedError as error:
+            raise typer.TyperException(str(error)) from error
+        with busy("checking the fit and writing its report"):
+            verdict, summary = posterior.check(), posterior.summary()
+            for name, text in (texts or {}).items():
+                (aside / name).write_text(text, encoding="utf-8")
+            posterior.report(aside / FILES["report"])
+            posterior.to_arviz().to_netcdf(str(aside / FILES["posterior"]))
+            summary.to_csv(aside / FILES["summary"], index=False)
+            posterior.save(aside / FILES["model"])
+    paths = {what: str(out / name) for what, name in FILES.items()}
+    if as_json:
+        show_json({**facts(posterior, verdict, summary), "paths": paths})
+    else:
+        show_verdict(verdict)
+        show_summary(summary, paths["summary"])
+        steps = f"{len(posterior.losses)} steps in {posterior.seconds:.1f} s"
+        show_pairs({"ELBO": f"{posterior.elbo} nats, {steps}", **paths})
+    interrupted = posterior.stop_reason.startswith("interrupted")
+    raise typer.Exit(INTERRUPTED if interrupted else EXIT[verdict.level])
+
+
+@contextmanager
+def results_in(out: Path) -> Iterator[Path]:
+    """A hidden folder in ``out``; at the end its files are put in place, or none of them is."""
+    from latentlab.inference.checkpoint import probe
+
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        probe(out)
+        with TemporaryDirectory(dir=out, prefix=".latentlab-") as aside:
+            yield Path(aside)
+            for file in Path(aside).iterdir():
+                file.replace(out / file.name)
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def write_table(columns: Mapping[str, Any], file: Path | None) -> None:
+    """All of a file or nothing of it; without a file, CSV on standard output."""
+    import pandas as pd
+
+    from latentlab.inference.checkpoint import write_atomically
+
+    frame = pd.DataFrame(columns)
+    if file is None:
+        frame.to_csv(sys.stdout, index=False)
+        return
+    buffer = io.BytesIO()
+    frame.to_csv(buffer, index=False) if file.suffix == ".csv" else frame.to_parquet(buffer)
+    write_atomically(file, buffer.getvalue())
+    show(f"{file}: {len(frame)} rows of {', '.join(columns)}")
+
+
+def facts(posterior: ll.Posterior, verdict: ll.Verdict, summary: pd.DataFrame) -> dict[str, Any]:
+    """A fit as JSON values."""
+    spec = verdict.spec()
+    return {
+        "verdict": spec.pop("level"),
+        **spec,
+        "elbo": {"value": posterior.elbo.value, "se": posterior.elbo.se},
+        "converged": posterior.converged,
+        "stop_reason": posterior.stop_reason,
+        "steps": len(posterior.losses),
+        "seconds": posterior.seconds,
+        "seed": posterior.seed,
+        "summary": summary.to_dict("records"),
+    }
