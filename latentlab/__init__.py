@@ -4,46 +4,72 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from latentlab import data, diagnostics, distributions, guides, models, testing
+    from latentlab import data, diagnostics, distributions, guides, models, nn, testing
+    from latentlab.codes import fit_codes
     from latentlab.inference.check import PairReport, check_pair
     from latentlab.inference.engine import FitDivergedError, fit
     from latentlab.inference.posterior import Posterior
+    from latentlab.inference.select import select
     from latentlab.inference.verdict import Verdict
     from latentlab.loading import load
+    from latentlab.models.ae import Autoencoder
+    from latentlab.models.density import FlowDensity
     from latentlab.models.gmm import GaussianMixture
-    from latentlab.plates import rows
+    from latentlab.models.hmm import HiddenMarkovModel
+    from latentlab.models.ppca import FactorAnalysis, ProbabilisticPCA
+    from latentlab.models.vae import VariationalAutoencoder
+    from latentlab.plates import rows, sequences
 
 __version__ = "0.1.0"
 
 # Public name -> the module it lives in; imported when first asked for.
 _HOMES = {
+    "Autoencoder": "latentlab.models.ae",
+    "FactorAnalysis": "latentlab.models.ppca",
     "FitDivergedError": "latentlab.inference.engine",
+    "FlowDensity": "latentlab.models.density",
     "GaussianMixture": "latentlab.models.gmm",
+    "HiddenMarkovModel": "latentlab.models.hmm",
     "PairReport": "latentlab.inference.check",
     "Posterior": "latentlab.inference.posterior",
+    "ProbabilisticPCA": "latentlab.models.ppca",
+    "VariationalAutoencoder": "latentlab.models.vae",
     "Verdict": "latentlab.inference.verdict",
     "check_pair": "latentlab.inference.check",
     "fit": "latentlab.inference.engine",
+    "fit_codes": "latentlab.codes",
     "load": "latentlab.loading",
     "rows": "latentlab.plates",
+    "select": "latentlab.inference.select",
+    "sequences": "latentlab.plates",
 }
-_MODULES = ("data", "diagnostics", "distributions", "guides", "models", "testing")
+_MODULES = ("data", "diagnostics", "distributions", "guides", "models", "nn", "testing")
 
 __all__ = [
+    "Autoencoder",
+    "FactorAnalysis",
     "FitDivergedError",
+    "FlowDensity",
     "GaussianMixture",
+    "HiddenMarkovModel",
     "PairReport",
     "Posterior",
+    "ProbabilisticPCA",
+    "VariationalAutoencoder",
     "Verdict",
     "check_pair",
     "data",
     "diagnostics",
     "distributions",
     "fit",
+    "fit_codes",
     "guides",
     "load",
     "models",
+    "nn",
     "rows",
+    "select",
+    "sequences",
     "testing",
 ]
 

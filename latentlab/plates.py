@@ -21,7 +21,7 @@ from torch import Tensor
 
 from latentlab.data.checks import as_count
 
-__all__ = ["rows"]
+__all__ = ["rows", "sequences"]
 
 
 def rows(
@@ -74,6 +74,43 @@ def rows(
             "size is the number of rows that x stands for"
         )
     return pyro.plate(name, size, subsample=torch.arange(num_given), dim=dim)
+
+
+def sequences(
+    x: Tensor | None = None,
+    lengths: Tensor | None = None,
+    size: int | None = None,
+    *,
+    name: str = "sequences",
+    dim: int | None = None,
+) -> pyro.plate:
+    """The plate of independent sequences: :func:`rows`, with a sequence for a row.
+
+    Arguments:
+        x: the observed sequences, shape (B, T, D); ``None`` for a draw.
+        lengths: number of steps of each of them, shape (B,); of those to draw where x is ``None``.
+        size: the number of sequences that ``x`` stands for; ``None`` means all of them.
+        name: the name of the plate, unique in a model.
+        dim: the batch dimension of the plate, negative; by default the next free one.
+
+    Returns:
+        A ``pyro.plate``, to be used in a ``with`` statement.
+
+    Raises:
+        ValueError: as :func:`rows`, and if there is not one length a sequence.
+
+    Example:
+        >>> sequences(torch.zeros(3, 7, 1), size=30).size
+        30
+    """
+    num_given = size if x is None else len(x)
+    if lengths is not None and num_given is not None and lengths.shape != (num_given,):
+        raise ValueError(
+            f"lengths: expected shape ({num_given},), one a sequence, got {tuple(lengths.shape)}"
+        )
+    if x is None and size is None and lengths is not None:
+        size = len(lengths)
+    return rows(x, size, name=name, dim=dim)
 
 
 def _num_rows(x: Tensor) -> int:

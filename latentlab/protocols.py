@@ -6,15 +6,19 @@ A method that is there is used; nothing else about the object is known.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 __all__ = [
+    "Anneals",
+    "ArrangesData",
     "Describes",
     "DrawsFit",
     "Exchangeable",
+    "HasNetworks",
+    "HoldsOut",
     "LabelsRows",
     "NamesDims",
     "OffersGuide",
@@ -29,6 +33,50 @@ __all__ = [
 def owner_of(function: Callable) -> Any:  # noqa: ANN401
     """The object that lends: a model or guide itself, or what a bound method is bound to."""
     return getattr(function, "__self__", function)
+
+
+@runtime_checkable
+class Anneals(Protocol):
+    """A model that is trained with another weight on its KL than it is judged by.
+
+    A step of training ascends E log p(x | z) - kl_weight(step) KL, the KL of each latent
+    dimension counted as ``free_bits`` where it is less. The ELBO that is reported has neither.
+    """
+
+    @property
+    def free_bits(self) -> float:
+        """Nats that each latent dimension of a datum may spend for free."""
+
+    def kl_weight(self, step: int) -> float:
+        """Weight of the KL at a step of training."""
+
+
+@runtime_checkable
+class ArrangesData(Protocol):
+    """A model whose data come in other forms than its arguments, such as ragged sequences."""
+
+    def arrange(
+        self,
+        *data: Any,  # noqa: ANN401
+        names: Sequence[str] | None = None,
+        **named: Any,  # noqa: ANN401
+    ) -> tuple[tuple[Any, ...], dict[str, Any], tuple[str, ...] | None]:
+        """The arguments that the model is called with, and the names of the columns.
+
+        Arguments:
+            data: as the user gave them.
+            names: the columns that there must be, where the model was fitted to some.
+            named: data given by keyword.
+        """
+
+
+@runtime_checkable
+class HoldsOut(Protocol):
+    """A model that would follow its data too closely, were no rows kept aside."""
+
+    @property
+    def held_out(self) -> float:
+        """Share of the rows that a fit keeps aside, where the caller does not say."""
 
 
 @runtime_checkable
@@ -52,6 +100,14 @@ class StartsFrom(Protocol):
 
 
 @runtime_checkable
+class HasNetworks(Protocol):
+    """A guide with networks: their weights move by shorter steps, and never come to rest."""
+
+    def network_parameters(self) -> Iterable[Tensor]:
+        """The parameters that are weights of networks."""
+
+
+@runtime_checkable
 class OffersGuide(Protocol):
     """A model that brings the guide it is best fitted with."""
 
@@ -64,8 +120,11 @@ class Exchangeable(Protocol):
     """A model with components that may swap their labels."""
 
     @property
-    def exchangeable(self) -> Mapping[str, int]:
-        """Site -> the axis, from the right, that runs over the exchangeable components."""
+    def exchangeable(self) -> Mapping[str, int | tuple[int, ...]]:
+        """Site -> the axis, from the right, that runs over the exchangeable components.
+
+        Several axes are renumbered alike: rows and columns of a transition matrix.
+        """
 
 
 @runtime_checkable

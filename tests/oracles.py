@@ -4,6 +4,7 @@ Letters: N rows, D features, K components.
 """
 
 import itertools
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
@@ -80,3 +81,60 @@ def mean_field_khat(covariance):
     precision = np.linalg.inv(covariance)
     own = np.diag(precision) ** -0.5
     return float(1 - np.linalg.eigvalsh(own[:, None] * precision * own).min())
+
+
+@dataclass(frozen=True)
+class HiddenChain:
+    """A hidden Markov chain by enumeration of its K^T paths: what each name says, as an array."""
+
+    log_prob: float
+    path_probs: np.ndarray
+    filtered: np.ndarray
+    predicted: np.ndarray
+    forecast: np.ndarray
+    smoothed: np.ndarray
+    pairwise: np.ndarray
+    best: np.ndarray
+    best_log_joint: float
+
+
+def hidden_chain(initial, transitions, log_likelihoods):
+    """All that can be asked of a hidden Markov chain, summed over all paths.
+
+    >>> chain = hidden_chain([0.5, 0.5], [[1.0, 0.0], [0.0, 1.0]], np.log([[0.9, 0.5]] * 2))
+    >>> round(float(np.exp(chain.log_prob)), 6), chain.best.tolist()
+    (0.53, [0, 0])
+    """
+    initial, transitions, seen = (
+        np.asarray(getattr(x, "detach", lambda x=x: x)(), dtype=float)
+        for x in (initial, transitions, log_likelihoods)
+    )
+    T, K = seen.shape
+    with np.errstate(divide="ignore"):
+        start, moves = np.log(initial), np.log(transitions)
+
+    def weighed(num_steps, num_seen):
+        """Paths of so many steps, and their log joint with so many observations."""
+        paths = np.array(list(itertools.product(range(K), repeat=num_steps)))
+        log_joint = start[paths[:, 0]] + moves[paths[:, :-1], paths[:, 1:]].sum(1)
+        return paths, log_joint + seen[np.arange(num_seen), paths[:, :num_seen]].sum(1)
+
+    def last(num_steps, num_seen):
+        paths, log_joint = weighed(num_steps, num_seen)
+        probs = np.exp(log_joint - logsumexp(log_joint))
+        return np.bincount(paths[:, -1], weights=probs, minlength=K)
+
+    paths, log_joint = weighed(T, T)
+    probs = np.exp(log_joint - logsumexp(log_joint))
+    is_state = np.eye(K)[paths]  # (K^T, T, K)
+    return HiddenChain(
+        log_prob=float(logsumexp(log_joint)),
+        path_probs=probs,
+        filtered=np.stack([last(t, t) for t in range(1, T + 1)]),
+        predicted=np.stack([last(t, t - 1) for t in range(1, T + 1)]),
+        forecast=last(T + 1, T),
+        smoothed=np.einsum("n,ntk->tk", probs, is_state),
+        pairwise=np.einsum("n,nti,ntj->tij", probs, is_state[:, :-1], is_state[:, 1:]),
+        best=paths[log_joint.argmax()],
+        best_log_joint=float(log_joint.max()),
+    )

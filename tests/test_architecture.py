@@ -15,10 +15,10 @@ MODULES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE
 # towers do not see each other. The report draws plain arrays, and so stands on the ground.
 FLOORS = (
     ("data", "diagnostics", "distributions", "nn", "protocols", "report", "supports"),
-    ("plates",),
-    ("flows", "guides"),
+    ("flows", "plates"),
+    ("guides",),
     ("inference", "models"),
-    ("loading",),
+    ("codes", "loading"),
     ("sklearn", "testing"),
     ("__init__",),
     ("cli",),

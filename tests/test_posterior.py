@@ -472,7 +472,7 @@ def test_components_that_swap_labels_are_aligned_first(mixture):
     swapping = copy.deepcopy(mixture)
     draw = swapping.pair.guide.draw
 
-    def draw_swapped(num_particles):
+    def draw_swapped(num_particles, data=None):
         draws = draw(num_particles)
         for name, value in draws.values.items():
             axis = {"weights": -1}.get(name, -2)

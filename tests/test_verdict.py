@@ -148,7 +148,7 @@ def halve_sd(guide):
 
 def remove_component(guide):
     """Both components at the place of the first."""
-    latent = {z.name: part for z, part in zip(guide.latents, guide._slices, strict=True)}
+    latent = {z.name: part for z, part in zip(guide.latents, guide.layout.slices, strict=True)}
     for site in ("locs", "scales"):
         D = guide.offset[latent[site]].numel() // 2
         guide.offset[latent[site]] = guide.free_mean()[latent[site]][:D].repeat(2)

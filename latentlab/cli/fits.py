@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
 
 import latentlab as ll
 from latentlab.cli.commands import fit
@@ -10,7 +13,12 @@ from latentlab.cli.inputs import bad_input, listed
 from latentlab.cli.options import Columns, Data, Json, Out, Seed, option
 from latentlab.cli.results import fit_and_write
 
-__all__ = ["fit_gmm"]
+__all__ = ["fit_flow", "fit_gmm", "fit_hmm", "fit_vae"]
+
+_Restarts = Annotated[int | None, option("N", "Starts; by default 4.", least=1)]
+_Steps = Annotated[int, option("N", "Steps at the most.", least=1)]
+_Batch = Annotated[int | None, option("N", "Rows a step; by default all.", least=1)]
+_Guide = Annotated[str, option("NAME", "full_rank, mean_field, point or auto.")]
 
 
 @fit.command("gmm", epilog="Example: latentlab fit gmm measurements.csv --components 3 --out run/")
@@ -19,22 +27,121 @@ def fit_gmm(
     components: Annotated[int, option("K", "Number of components.", least=1)],
     out: Out,
     columns: Columns = None,
-    guide: Annotated[str, option("NAME", "full_rank, mean_field, point or auto.")] = "auto",
-    num_restarts: Annotated[int | None, option("N", "Starts; by default 4.", least=1)] = None,
-    max_steps: Annotated[int, option("N", "Steps at the most.", least=1)] = 20_000,
+    covariance: Annotated[str, option("KIND", "diag, spherical, tied or full.")] = "diag",
+    guide: _Guide = "auto",
+    num_restarts: _Restarts = None,
+    max_steps: _Steps = 20_000,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Fit a mixture of diagonal Gaussians.
+    """Fit a mixture of Gaussians.
 
     Writes report.html, posterior.nc (ArviZ), summary.csv and model.safetensors to DIR. Empty cells
     are missing and integrated out. Ctrl-C ends the climb; what it reached is judged and written.
     """
     with bad_input():
-        from latentlab.data.checks import as_rows
-
-        table = ll.data.load(data, listed(columns))
-        table = as_rows(table, argument=str(data), allow_missing=True)
-        model = ll.GaussianMixture(table.x.shape[1], components)
+        table = _table(data, columns)
+        shape: Any = covariance  # the model says which there are
+        model = ll.GaussianMixture(table.x.shape[1], components, covariance=shape)
     settings = {"guide": guide, "num_restarts": num_restarts, "max_steps": max_steps, "seed": seed}
     fit_and_write(model, table, out, settings, as_json=as_json)
+
+
+@fit.command("hmm", epilog="Example: latentlab fit hmm counts.csv --states 2 --emission poisson")
+def fit_hmm(
+    data: Data,
+    states: Annotated[int, option("K", "Number of states.", least=1)],
+    out: Out,
+    emission: Annotated[
+        str, option("KIND", "gaussian, gaussian_full, poisson, categorical or bernoulli.")
+    ] = "gaussian",
+    categories: Annotated[int | None, option("C", "Codes of a category.", least=1)] = None,
+    id: Annotated[str | None, option("COL", "Column that tells sequences apart.")] = None,
+    time: Annotated[str | None, option("COL", "Column that orders their steps.")] = None,
+    columns: Columns = None,
+    guide: _Guide = "auto",
+    num_restarts: _Restarts = None,
+    max_steps: _Steps = 20_000,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Fit a hidden Markov model to one sequence, or to several with --id.
+
+    DATA has one line for each step, in order, or with --time in any order. Empty cells are missing
+    and integrated out. --columns are those that are modelled, besides --id and --time.
+    """
+    with bad_input():
+        chosen = listed(columns)
+        extra = [name for name in (id, time) if name is not None]
+        table = ll.data.load(data, chosen and [*chosen, *extra])
+        found = ll.data.as_sequences(table, id=id, time=time, argument=str(data))
+        model = ll.HiddenMarkovModel(
+            states, found.x.shape[-1], emissions=emission, num_categories=categories
+        )
+    settings = {"guide": guide, "num_restarts": num_restarts, "max_steps": max_steps, "seed": seed}
+    fit_and_write(model, found, out, settings, as_json=as_json)
+
+
+@fit.command("vae", epilog="Example: latentlab fit vae measurements.csv --latent 2 --out run/")
+def fit_vae(
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="A file of rows, or a folder of PNG images.")
+    ],
+    latent: Annotated[int, option("L", "Number of latent dimensions.", least=1)],
+    out: Out,
+    likelihood: Annotated[
+        str | None,
+        option("KIND", "gaussian, bernoulli or poisson; by default bernoulli for images."),
+    ] = None,
+    columns: Columns = None,
+    batch_size: _Batch = None,
+    max_steps: _Steps = 20_000,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Fit a variational autoencoder to a table, or to a folder of PNG images.
+
+    Empty cells are missing: their factor is left out of the likelihood.
+    """
+    x: Any
+    with bad_input():
+        if data.is_dir():
+            x, likelihood = ll.data.load_images(data).x, likelihood or "bernoulli"
+            shape: Any = tuple(x.shape[1:])
+        else:
+            x = _table(data, columns)
+            shape = x.x.shape[1]
+        model = ll.VariationalAutoencoder(
+            likelihood=likelihood or "gaussian", latent_dim=latent, num_features=shape
+        )
+    settings = {"batch_size": batch_size, "max_steps": max_steps, "seed": seed}
+    fit_and_write(model, x, out, settings, as_json=as_json)
+
+
+@fit.command("flow", epilog="Example: latentlab fit flow measurements.csv --out run/")
+def fit_flow(
+    data: Data,
+    out: Out,
+    kind: Annotated[str, option("KIND", "nsf, coupling_nsf, maf or realnvp.")] = "nsf",
+    columns: Columns = None,
+    batch_size: _Batch = None,
+    max_steps: _Steps = 20_000,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Fit a flow to the density of a table.
+
+    A tenth of the rows is kept aside and tells when to stop.
+    """
+    with bad_input():
+        table = _table(data, columns)
+        model = ll.FlowDensity(table.x.shape[1], kind)  # type: ignore[arg-type]
+    settings = {"batch_size": batch_size, "max_steps": max_steps, "seed": seed}
+    fit_and_write(model, table, out, settings, as_json=as_json)
+
+
+def _table(data: Path, columns: str | None) -> ll.data.Table:
+    """The rows of a file, cells may be missing."""
+    from latentlab.data.checks import as_rows
+
+    return as_rows(ll.data.load(data, listed(columns)), argument=str(data), allow_missing=True)

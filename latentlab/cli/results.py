@@ -41,7 +41,7 @@ FILES = {
 
 def fit_and_write(
     model: Any,  # noqa: ANN401
-    table: ll.data.Table,
+    data: Any,  # noqa: ANN401
     out: Path,
     settings: Mapping[str, Any],
     texts: Mapping[str, str] | None = None,
@@ -52,7 +52,7 @@ def fit_and_write(
     with results_in(out) as aside:
         try:
             with bad_input():
-                posterior = ll.fit(model, table, **settings)
+                posterior = ll.fit(model, data, **settings)
         except ll.FitDivergedError as error:
             raise typer.TyperException(str(error)) from error
         with busy("checking the fit and writing its report"):

@@ -54,7 +54,7 @@ class Alignment:
 
 def align(
     draws: Mapping[str, Tensor],
-    axes: Mapping[str, int],
+    axes: Mapping[str, int | tuple[int, ...]],
     reference: Mapping[str, Tensor] | None = None,
 ) -> Alignment:
     """Number the components of every draw alike, so that "component 2" means something.
@@ -69,7 +69,8 @@ def align(
     Arguments:
         draws: site -> draws, shape (S, ...).
         axes: site -> the axis over the K exchangeable components, counted from the right: -1, -2,
-            ... Other sites of ``draws`` are handed on as they are.
+            ... Several, ``(-2, -1)``, are renumbered alike, and have no say in how. Other sites of
+            ``draws`` are handed on as they are.
         reference: site -> one value, shape (...), whose numbering is to be matched. By default the
             draws are matched to their own mean, and the most common numbering is kept.
 
@@ -106,10 +107,10 @@ def align(
 
     counts = np.unique(permutations, axis=0, return_counts=True)[1]
     share = 1 - counts.max() / S
-    aligned = {
-        site: _take(value, permutations, axes[site]) if site in axes else value
-        for site, value in draws.items()
-    }
+    aligned = dict(draws)
+    for site, axis in axes.items():
+        for one_axis in axis if isinstance(axis, tuple) else (axis,):
+            aligned[site] = _take(aligned[site], permutations, one_axis)
     se = math.sqrt(share * (1 - share) / S)
     return Alignment(aligned, torch.from_numpy(permutations), Estimate(float(share), se))
 
@@ -154,13 +155,16 @@ def _take(value: Tensor, permutations: np.ndarray, axis: int) -> Tensor:
 
 
 def _features(
-    draws: Mapping[str, Tensor], axes: Mapping[str, int], argument: str = "draws"
+    draws: Mapping[str, Tensor],
+    axes: Mapping[str, int | tuple[int, ...]],
+    argument: str = "draws",
 ) -> np.ndarray:
     """All that is known of each component side by side, shape (S, K, F)."""
-    if not axes:
+    single = {site: axis for site, axis in axes.items() if not isinstance(axis, tuple)}
+    if not single:
         raise ValueError("axes: expected at least one site with exchangeable components, got none")
     parts: list[np.ndarray] = []
-    for site, axis in axes.items():
+    for site, axis in single.items():
         if site not in draws:
             raise ValueError(f"{argument}: expected site {site!r} as in axes, got {sorted(draws)}")
         value = draws[site].detach().cpu().double()
@@ -176,6 +180,6 @@ def _features(
         moved = value.movedim(axis, 1)
         parts.append(moved.reshape(*moved.shape[:2], -1).numpy())
     if len({part.shape[:2] for part in parts}) > 1:
-        sizes = {site: part.shape[:2] for site, part in zip(axes, parts, strict=True)}
+        sizes = {site: part.shape[:2] for site, part in zip(single, parts, strict=True)}
         raise ValueError(f"axes: expected one size (S, K) for all sites, got {sizes}")
     return np.concatenate(parts, axis=2)

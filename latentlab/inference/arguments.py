@@ -16,14 +16,18 @@ from latentlab.data.convert import as_table
 from latentlab.data.load import load
 from latentlab.data.table import Table
 from latentlab.inference.pair import Arguments, modules_of
-from latentlab.protocols import ScalesToData, ToleratesMissing, owner_of
+from latentlab.protocols import ArrangesData, ScalesToData, ToleratesMissing, owner_of
 
 __all__ = ["as_arguments"]
 
 _COARSE = (torch.float16, torch.bfloat16)
 
 
-def as_arguments(data: Any, model: Callable) -> Arguments:  # noqa: ANN401
+def as_arguments(
+    data: Any,  # noqa: ANN401
+    model: Callable,
+    names: Sequence[str] | None = None,
+) -> Arguments:
     """The arguments of ``model(*args, **kwargs)``.
 
     Tensors keep their dtype, arrays of whole numbers and of truth values stay so, all other
@@ -35,10 +39,11 @@ def as_arguments(data: Any, model: Callable) -> Arguments:  # noqa: ANN401
         data: a tensor, array, list, frame or ``Table`` (one argument), a tuple (several), a dict
             (keywords), or ``None`` (no data).
         model: the model that is to be called.
+        names: the columns that there must be, for a model that arranges its data itself.
 
     Returns:
-        The arguments, copied, without a gradient, and the names of the columns where there are
-        some.
+        The arguments, copied, without a gradient, and the names of the columns where the first
+        of them has some.
 
     Raises:
         ValueError: for infinite values, NaN where the model does not know missing cells, no data.
@@ -59,10 +64,18 @@ def as_arguments(data: Any, model: Callable) -> Arguments:  # noqa: ANN401
     )
     if data is None:
         return Arguments()
+    if isinstance(owner, ArrangesData):
+        given = data if isinstance(data, tuple) else () if isinstance(data, Mapping) else (data,)
+        named = {str(k): v for k, v in data.items()} if isinstance(data, Mapping) else {}
+        args, kwargs, columns = owner.arrange(*given, names=names, **named)
+        read = tuple(reader.read(v, f"data[{i}]") for i, v in enumerate(args))
+        return Arguments(read, {k: reader.read(v, k) for k, v in kwargs.items()}, columns)
     if isinstance(data, tuple):
-        return Arguments(tuple(reader.read(v, f"data[{i}]") for i, v in enumerate(data)))
+        args = tuple(reader.read(v, f"data[{i}]") for i, v in enumerate(data))
+        return Arguments(args, names=_names_of(data))
     if isinstance(data, Mapping):
-        return Arguments(kwargs={str(k): reader.read(v, str(k)) for k, v in data.items()})
+        kwargs = {str(k): reader.read(v, str(k)) for k, v in data.items()}
+        return Arguments(kwargs=kwargs, names=_names_of([*data.values()]))
     data = load(data) if _is_frame(data) else data
     value = reader.read(data, "x")
     if isinstance(owner, ScalesToData) and isinstance(value, Tensor):
@@ -159,6 +172,13 @@ class _Reader:
                 column = f" in column {names[first[1]]!r}" if names else ""
                 count = f"{argument} has {int(found.sum())} {what} (first at {first}){column}"
                 raise ValueError(f"{count}; {way}")
+
+
+def _names_of(values: Sequence[Any]) -> tuple[str, ...] | None:
+    """The names of the columns, where the first of several arguments is a table."""
+    first = values[0] if values else None
+    table = load(first) if _is_frame(first) else first
+    return table.names if isinstance(table, Table) else None
 
 
 def _torch_dtype(dtype: np.dtype) -> Any:  # noqa: ANN401

@@ -6,10 +6,11 @@ The same look prepares the pair for a fit: its own copy, its sites, its number o
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import Delta
@@ -20,10 +21,20 @@ from pyro.poutine.util import site_is_factor
 from torch import Tensor, nn
 
 from latentlab.data.table import Table
-from latentlab.guides import FullRank, GaussianGuide, MeanField, Point
+from latentlab.guides import (
+    Amortised,
+    Flow,
+    FullRank,
+    Guide,
+    LowRank,
+    MeanField,
+    Point,
+    Structured,
+)
 from latentlab.inference import faults as find
 from latentlab.inference import objectives
 from latentlab.inference.arguments import as_arguments
+from latentlab.inference.batches import chosen, follows_rows, num_rows, take
 from latentlab.inference.copying import copy_pair
 from latentlab.inference.faults import Fault
 from latentlab.inference.pair import (
@@ -35,16 +46,24 @@ from latentlab.inference.pair import (
     observed_of,
     plates_of,
 )
+from latentlab.inference.predictive import datum_plate
 from latentlab.protocols import OffersGuide, ScalesToData, owner_of
 
-__all__ = ["Fault", "PairReport", "accepts_size", "check_pair", "prepare"]
+__all__ = ["Fault", "PairReport", "accepts_size", "bind", "check_pair", "learn", "prepare"]
 
-_GUIDES: dict[str, type[GaussianGuide]] = {
+_GUIDES: dict[str, type[Guide]] = {
     "point": Point,
     "mean_field": MeanField,
+    "low_rank": LowRank,
     "full_rank": FullRank,
+    "structured": Structured,
+    "amortised": Amortised,
+    "flow": Flow,
 }
-_FULL_RANK_UP_TO = 200  # latent numbers, for a guide that the caller did not choose
+
+
+_LARGE = 1_000  # rows, above which a pair that follows them is looked at on some of them
+_PRIMES = (499, 503, 509, 521, 523, 541)  # rows, of which no axis else has as many
 
 
 @dataclass(frozen=True)
@@ -121,20 +140,104 @@ def prepare(
     arguments = as_arguments(data, model)
     owner = owner_of(model)
     if isinstance(owner, ScalesToData):
-        table = [Table(x, arguments.names) for x in arguments.args if arguments.names]
-        owner.scale_to(*(table or arguments.args), **arguments.kwargs)  # names, for its warnings
+        args, kwargs = _with_names(arguments)  # for its warnings
+        owner.scale_to(*args, **kwargs)
     floating = [t.dtype for t in arguments.tensors() if t.is_floating_point()]
     dtype = floating[0] if floating else torch.get_default_dtype()
     pair = Pair(model, guide_function, arguments, dtype)
-    faults = _look(pair, wants_guide=isinstance(guide, str) and guide == "auto")
-    note = None
-    if not any(fault.fatal for fault in faults):
-        with pair.entered(seed=0):
-            faults += find.unregistered(pair)
-            faults += find.entangled(pair)
-            if not any(fault.fatal for fault in faults):
-                note = objectives.verify_vectorised(pair)
+    wants_guide = isinstance(guide, str) and guide == "auto"
+    found = _look_at_few(pair, wants_guide)
+    if found is None:
+        faults, note = _look_at_all(pair, wants_guide)
+    else:
+        pair, faults, note = found
     return pair, PairReport(tuple(faults), _describe(pair), (note,) if note else ())
+
+
+def _look_at_all(pair: Pair, wants_guide: bool) -> tuple[list[Fault], str | None]:
+    """Learn the sites of a pair, in place; its faults, and why it runs one particle at a time."""
+    faults = _look(pair, wants_guide)
+    if any(fault.fatal for fault in faults):
+        return faults, None
+    with pair.entered(seed=0):
+        faults += find.unregistered(pair)
+        faults += find.entangled(pair)
+        if any(fault.fatal for fault in faults):
+            return faults, None
+        return faults, objectives.verify_vectorised(pair)
+
+
+def _look_at_few(pair: Pair, wants_guide: bool) -> tuple[Pair, list[Fault], None] | None:
+    """As :func:`_look_at_all`, at some rows of large data.
+
+    A pair that follows its rows has the same sites at all of them, where then only their
+    log-densities are looked at.
+
+    Returns:
+        The pair and its faults; ``None`` where that will not do.
+    """
+    total = num_rows(pair.data)
+    if total is None or total <= _LARGE:
+        return None
+    sizes = {size for tensor in pair.data.tensors() for size in tensor.shape[1:]}
+    count = next(prime for prime in _PRIMES if prime not in sizes)
+    some = take(pair.data, chosen(count, total, 0))
+    few = replace(pair, data=some, store={"params": {}, "constraints": {}})
+    try:
+        if not _may_follow(few, wants_guide):
+            return None
+        faults, note = _look_at_all(few, wants_guide)
+    except Exception:  # as of a guide with numbers for each row; a look at all tells
+        return None
+    if any(fault.fatal for fault in faults) or note is not None or not follows_rows(few):
+        return None
+    with few.entered(seed=0, validate=True):
+        for rows in torch.arange(total).split(_LARGE):
+            part = take(pair.data, rows)
+            if find.score(_run("model", few.model, part)):
+                return None  # named with its place among all rows
+    _widen(few, count, total)
+    few.data = pair.data
+    return few, faults, None
+
+
+def _may_follow(pair: Pair, wants_guide: bool) -> bool:
+    """Whether the guide may compute the latents of each row from the row."""
+    guide, owner = pair.guide, owner_of(pair.model)
+    if wants_guide and isinstance(owner, OffersGuide):
+        guide = owner.default_guide()
+    elif wants_guide:  # a guide of ours has numbers for each row, unless it has none
+        with pair.entered(seed=0):
+            return not latents_of(_run("model", pair.model, pair.data))
+    return not isinstance(guide, Guide | AutoGuide)
+
+
+def _widen(pair: Pair, count: int, total: int) -> None:
+    """Sites as they are at all rows, from those at ``count`` of them, in place."""
+    plate = datum_plate(pair)
+
+    def wider(plates: tuple[tuple[str, int, int], ...]) -> tuple[tuple[str, int, int], ...]:
+        return tuple((name, total if name == plate else n, dim) for name, n, dim in plates)
+
+    def at_all(shape: Iterable[int]) -> tuple[int, ...]:
+        return tuple(total if size == count else size for size in shape)
+
+    pair.latents = tuple(
+        replace(z, batch_shape=at_all(z.batch_shape), plates=wider(z.plates)) for z in pair.latents
+    )
+    pair.plates = {site: wider(plates) for site, plates in pair.plates.items()}
+    pair.shapes = {site: at_all(shape) for site, shape in pair.shapes.items()}
+
+
+def _with_names(arguments: Arguments) -> tuple[list, dict[str, Any]]:
+    """The arguments, the first of them a table where its columns have names."""
+    args, kwargs = [*arguments.args], dict(arguments.kwargs)
+    if arguments.names and args and args[0].dim() == 2:
+        args[0] = Table(args[0], arguments.names)
+    elif arguments.names and not args:
+        first = next(iter(kwargs))
+        kwargs[first] = Table(kwargs[first], arguments.names)
+    return args, kwargs
 
 
 def _look(pair: Pair, wants_guide: bool) -> list[Fault]:
@@ -152,10 +255,12 @@ def _look(pair: Pair, wants_guide: bool) -> list[Fault]:
         moving = list(find.moving_supports(pair, *traces))
         if wants_guide:
             pair.guide = _default_guide(pair)
-        if isinstance(pair.guide, GaussianGuide):
-            faults += [*find.own_guide_faults(pair, traces[0]), *moving]
+        if isinstance(pair.guide, Guide):
+            if pair.latents or not _learns_by_itself(pair):
+                faults += find.own_guide_faults(pair, traces[0])
+            faults += moving
             if not any(fault.fatal for fault in faults):
-                _bind(pair, pair.guide)
+                bind(pair, pair.guide)
             return faults
         guide_trace = _run("guide", pair.guide, pair.data)
         faults += find.score(guide_trace)
@@ -165,6 +270,11 @@ def _look(pair: Pair, wants_guide: bool) -> list[Fault]:
         if isinstance(pair.guide, AutoGuide):
             faults += moving
     return faults
+
+
+def _learns_by_itself(pair: Pair) -> bool:
+    """Whether a guide of no site will do: the model, entered, has parameters of its own."""
+    return isinstance(pair.guide, Point) and bool(list(pyro.get_param_store().named_parameters()))
 
 
 def _describe(pair: Pair) -> tuple[str, ...]:
@@ -186,12 +296,13 @@ def _named_guide(guide: Any) -> Any:  # noqa: ANN401
     return guide
 
 
-def _default_guide(pair: Pair) -> GaussianGuide:
+def _default_guide(pair: Pair) -> Guide:
     owner = owner_of(pair.model)
     if isinstance(owner, OffersGuide):
         return owner.default_guide()
-    numbers = sum(torch.Size(latent.free_shape).numel() for latent in pair.latents)
-    return FullRank() if numbers <= _FULL_RANK_UP_TO else MeanField()
+    if not pair.latents:
+        return Point()  # of no site: parameters of the model are all there is to fit
+    return MeanField()  # the lowest rung of the ladder
 
 
 class _OwnParameters(Messenger):
@@ -247,12 +358,41 @@ def _plates(trace: Trace) -> dict[str, tuple[tuple[str, int, int], ...]]:
     return {n: plates_of(site) for n, site in trace.nodes.items() if site["type"] == "sample"}
 
 
-def _bind(pair: Pair, guide: GaussianGuide) -> None:
+def bind(pair: Pair, guide: Guide) -> None:
+    """Lay a guide of ours out over the latents of a pair, in place.
+
+    Arguments:
+        pair: a pair whose model was looked at.
+        guide: the guide.
+    """
     device = next((t.device for t in pair.data.tensors()), None)
-    guide.bind(pair.latents, max_plate_nesting=pair.nesting, dtype=pair.dtype, device=device)
+    if isinstance(guide, Amortised) and pair.data.tensors():
+        guide.look_at(pair.data)
+    guide.bind(
+        pair.latents,
+        max_plate_nesting=pair.nesting,
+        dtype=pair.dtype,
+        device=device,
+        local_plate=pair.local_plate(),
+    )
     pair.noisy = not isinstance(guide, Point)
     if not pair.noisy:
         pair.points = tuple(latent.name for latent in pair.latents)
+
+
+def learn(pair: Pair) -> None:
+    """Learn the shapes of a pair's sites at the data it has, in place; call it entered.
+
+    Arguments:
+        pair: one that was looked at, with other rows of data.
+    """
+    trace = _run("model", pair.model, pair.data)
+    pair.latents = tuple(latent_of(z.name, trace.nodes[z.name]) for z in pair.latents)
+    pair.plates, pair.shapes = _plates(trace), _shapes(trace)
+    if not isinstance(pair.guide, Guide):
+        guide_trace = _run("guide", pair.guide, pair.data)
+        pair.plates = _plates(guide_trace) | pair.plates
+        pair.shapes = _shapes(guide_trace) | pair.shapes
 
 
 def accepts_size(model: Callable) -> bool:

@@ -6,6 +6,7 @@ put in place in one step, so that there is either the old file or the new one.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -22,12 +23,13 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
 from latentlab.diagnostics import Estimate
-from latentlab.guides import GaussianGuide, Latent, guide_from_spec
+from latentlab.guides import Amortised, Guide, Latent, guide_from_spec
 from latentlab.inference import objectives
+from latentlab.inference.held_out import HeldOut
 from latentlab.inference.pair import Arguments, Pair, copy_pair, modules_of
 from latentlab.inference.predictive import as_fitted
 from latentlab.inference.restarts import Restarts
-from latentlab.protocols import Rebuildable
+from latentlab.protocols import OffersGuide, Rebuildable, owner_of
 from latentlab.supports import support_from_spec, support_spec
 
 if TYPE_CHECKING:
@@ -85,11 +87,13 @@ def restore(
         FileNotFoundError: if there is no such file.
         ValueError: if the file is damaged, from a newer version, or of another pair.
     """
+    from latentlab.inference.ladder import Rung
     from latentlab.inference.posterior import Posterior
 
     file, facts, tensors = _read(path)
     dtype = getattr(torch, facts["dtype"])
-    model, guide = copy_pair(_model(file, facts, model, build), _guide(file, facts, guide, dtype))
+    model = _model(file, facts, model, build)
+    model, guide = copy_pair(model, _guide(file, facts, model, guide, dtype))
     pair = Pair(model, guide, _placeholder(facts), dtype, **_sites(facts))
     has_data = data is not None or not (pair.data.args or pair.data.kwargs)
     if data is not None:
@@ -111,9 +115,11 @@ def restore(
         seconds=facts["seconds"],
         method=facts["method"],
         backend=facts["backend"],
+        ladder=tuple(Rung.from_spec(rung) for rung in facts.get("ladder", ())),
         fitted_to=facts["fitted_to"],
         recorded=facts["verdict"],
         has_data=has_data,
+        held_out_rows=HeldOut.from_spec(facts.get("held_out")),
     )
 
 
@@ -198,7 +204,8 @@ def _facts(posterior: Posterior) -> dict[str, Any]:
     return {
         "schema": _SCHEMA,
         "model": _description(pair.model),
-        "guide": pair.guide.spec() if isinstance(pair.guide, GaussianGuide) else None,
+        "guide": pair.guide.spec() if isinstance(pair.guide, Guide) else None,
+        "model_brings_guide": _brings_guide(pair),
         "dtype": str(pair.dtype).removeprefix("torch."),
         "names": pair.data.names,
         "args": [_describe(value) for value in pair.data.args],
@@ -225,7 +232,9 @@ def _facts(posterior: Posterior) -> dict[str, Any]:
         "seconds": posterior.seconds,
         "method": posterior.method,
         "backend": posterior.backend,
+        "ladder": [rung.spec() for rung in posterior.ladder],
         "fitted_to": posterior.fitted_to or fingerprint(pair.data),
+        "held_out": posterior.held_out_rows and posterior.held_out_rows.spec(),
         "verdict": verdict,
     }
 
@@ -258,11 +267,23 @@ def _model(
     return model
 
 
+def _brings_guide(pair: Pair) -> bool:
+    """Whether the guide is a method of the model, which the model hands out."""
+    owner = owner_of(pair.model)
+    return isinstance(owner, OffersGuide) and owner.default_guide() == pair.guide
+
+
 def _guide(
-    file: Path, facts: Mapping[str, Any], guide: Callable | None, dtype: torch.dtype
+    file: Path,
+    facts: Mapping[str, Any],
+    model: Callable,
+    guide: Callable | None,
+    dtype: torch.dtype,
 ) -> Callable:
-    stored = facts["guide"]
+    stored, owner = facts["guide"], owner_of(model)
     if stored is None:
+        if guide is None and facts.get("model_brings_guide") and isinstance(owner, OffersGuide):
+            return owner.default_guide()
         if guide is None:
             raise ValueError(f"{file}: holds a guide of your own; load it with guide=")
         return guide
@@ -271,7 +292,8 @@ def _guide(
             f"{file}: holds a guide of latentlab, {stored['class']}, not {_name(guide)}; "
             "leave guide= out"
         )
-    return guide_from_spec(stored, dtype)
+    encoder = guide.given_encoder if isinstance(guide, Amortised) else None
+    return guide_from_spec(stored, dtype, copy.deepcopy(encoder))
 
 
 def _call(spec: Mapping[str, Any]) -> str:
@@ -335,7 +357,7 @@ def _expect_sites(file: Path, pair: Pair) -> None:
     expected = {z.name: z.shape for z in pair.latents}
     expected |= {name: pair.shapes[name] for name in pair.summed_out}
     for role, function in (("model", pair.model), ("guide", pair.guide)):
-        if isinstance(function, GaussianGuide):
+        if isinstance(function, Guide):
             continue
         try:
             with pair.entered(seed=0), torch.no_grad(), objectives.Substitute({}) as record:
@@ -387,7 +409,7 @@ def _placeholder(facts: Mapping[str, Any]) -> Arguments:
 
 def _refuse_amortised(file: Path, pair: Pair) -> None:
     """A guide that reads the data cannot be drawn from without them."""
-    if isinstance(pair.guide, GaussianGuide):
+    if isinstance(pair.guide, Guide) and not isinstance(pair.guide, Amortised):
         return
     drawn = []
     for data in (pair.data, pair.data.map(torch.ones_like)):

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,24 +17,32 @@ from pyro.infer.autoguide import AutoGuide
 
 from latentlab.data.checks import as_count, as_seed
 from latentlab.diagnostics import Estimate
-from latentlab.guides import GaussianGuide
+from latentlab.guides import Flow, Guide
 from latentlab.inference import objectives
+from latentlab.inference.arguments import as_arguments
+from latentlab.inference.batches import BatchRows, follows_rows, num_rows, split, take
 from latentlab.inference.check import Fault, accepts_size, prepare
 from latentlab.inference.checkpoint import fingerprint
+from latentlab.inference.held_out import as_share, measure
+from latentlab.inference.ladder import ladder_for
+from latentlab.inference.networks import NETWORK_RATE, NetworkClimb, has_networks, is_judged_by_row
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.posterior import Posterior
 from latentlab.inference.restarts import Place, Restarts, distances
+from latentlab.inference.rows import DRAWS_OF_ROWS, elbo_of_rows, looked_at
 from latentlab.inference.sandbox import manual_seed, stream
-from latentlab.inference.stages import Climb, FitDivergedError, State, evaluate
+from latentlab.inference.stages import INTERRUPTED, Climb, FitDivergedError, State, evaluate
 from latentlab.inference.starts import Starts
-from latentlab.protocols import Exchangeable, owner_of
+from latentlab.protocols import Exchangeable, HoldsOut, owner_of
 
 __all__ = ["FitDivergedError", "fit"]
 
 _log = logging.getLogger("latentlab")
 
+_RATE = 0.05  # of a guide of ours, in posterior standard deviations
 _WARM_UP = 400  # steps from each start
 _MANY_PARAMETERS = 100_000  # above, one start is what a fit can afford
+_FLOW_PARTICLES = 32  # a flow has to see the tails that it bends
 _CHEAP_ELEMENTS = 20_000  # below, eight particles cost about what one does, on one thread
 
 
@@ -47,8 +55,9 @@ def fit(
     num_restarts: int | None = None,
     num_particles: int | None = None,
     max_steps: int = 20_000,
-    lr: float = 0.05,
+    lr: float | None = None,
     tol: float = 0.03,
+    held_out: float | None = None,
     seed: int = 0,
     progress: bool | None = None,
 ) -> Posterior:
@@ -56,22 +65,31 @@ def fit(
 
     Maximises the evidence lower bound
     :math:`\mathbb{E}_{q(z)}[\log p(x, z) - \log q(z)]` from several starts, in averaged stages,
-    until two stages agree. The arguments are not changed, nor is any state of Pyro or torch.
+    until two stages agree; where the pair has networks, until the objective gains nothing more
+    (see :mod:`latentlab.inference.networks`). A model without latents is fitted by maximum
+    likelihood and needs no guide.
+
+    The arguments are not changed, nor is any state of Pyro or torch.
 
     Arguments:
         model: a callable with ``pyro.sample`` statements; best ``model(x=None, size=None)``.
         data: a tensor, array, frame or ``Table`` (one argument), a tuple (``*args``) or a dict
             (``**kwargs``).
         guide: a callable with the model's signature, a guide of ``latentlab.guides``, or one of
-            ``"auto"`` (the model's own, else by size), ``"point"``, ``"mean_field"``,
-            ``"full_rank"``.
+            ``"auto"`` (the model's own; else the ladder: mean-field, then full-rank, then a flow,
+            as far as k-hat asks for it), ``"point"``, ``"mean_field"``, ``"full_rank"``,
+            ``"flow"``.
         batch_size: rows per step; ``None`` takes all. The model must accept ``size``.
         num_restarts: starts; by default 4 for guides of ours, 1 for others and for large ones.
         num_particles: draws per step; by default 8 where they are cheap, else 1.
         max_steps: steps of the climb from each start.
         lr: rate of the first stage, in posterior standard deviations (for a guide of your own: in
-            units of its parameters).
-        tol: stages agree below this shift, in posterior standard deviations.
+            units of its parameters); by default 0.05, and 0.002 where the pair has networks.
+        tol: stages agree below this shift, in posterior standard deviations; where the pair has
+            networks, its square is the gain in nats, for each latent of a row, that is none.
+        held_out: share of the rows that is kept aside and not fitted; ``posterior.held_out`` says
+            how they fare, and a climb with networks ends where they get no better. By default
+            what the model asks for, else 0.
         seed: same seed, same machine, same bytes.
         progress: a progress bar; by default where stderr is a terminal.
 
@@ -98,6 +116,7 @@ def fit(
         return _fit(
             *(model, data, guide),
             _Settings.checked(batch_size, num_restarts, num_particles, max_steps, lr, tol, seed),
+            held_out,
             progress,
         )
 
@@ -107,19 +126,28 @@ def _fit(
     data: Any,  # noqa: ANN401
     guide: Any,  # noqa: ANN401
     settings: _Settings,
+    held_out: float | None,
     progress: bool | None,
 ) -> Posterior:
     begin, seed = time.perf_counter(), settings.seed
+    data, held = _kept_aside(model, data, held_out, seed)
     pair, report = prepare(model, data, guide)
     if not report.ok:
         raise ValueError(_refusal(report.faults))
     for fault in report.faults:
         warnings.warn(str(fault), stacklevel=3)
     batch_size = _batch_size(pair, settings.batch_size)
+    settings = replace(settings, lr=settings.lr or (NETWORK_RATE if has_networks(pair) else _RATE))
     enter = pair.entered(stream(seed, "fit"))
     with _progress(progress, settings.max_steps) as tick, enter, _threads(pair, batch_size):
-        climb, restarts = _climb(pair, settings, batch_size, tick)
+        climb, restarts, rungs = ladder_for(pair, guide, batch_size is not None).ascend(
+            *(pair, seed),
+            lambda leave: _climb(pair, settings, batch_size, tick, held, leave),
+            lambda rung: _further(pair, settings, batch_size, tick, rung),
+        )
         elbo = _final_elbo(pair, seed)
+        manual_seed(stream(seed, "held out"))
+        compared = None if held is None else measure(pair, held, seed)
     _log.info("fit ended: %s", climb.stop_reason)
     return Posterior(
         pair=pair,
@@ -134,7 +162,27 @@ def _fit(
         notes=(*map(str, report.faults), *report.notes),
         seconds=time.perf_counter() - begin,
         fitted_to=fingerprint(pair.data),
+        held_out_rows=compared,
+        ladder=rungs,
     )
+
+
+def _kept_aside(
+    model: Callable,
+    data: Any,  # noqa: ANN401
+    held_out: float | None,
+    seed: int,
+) -> tuple[Any, Arguments | None]:
+    """The data to fit, and those kept aside where some are."""
+    owner = owner_of(model)
+    if held_out is None and isinstance(owner, HoldsOut):
+        share, data = as_share(owner.held_out), as_arguments(data, model)
+        # What the model would like is no reason to refuse a handful of rows.
+        few = round(share * (num_rows(data) or 0)) < 2
+        share = 0.0 if few else share
+    else:
+        share = 0.0 if held_out is None else as_share(held_out)
+    return split(as_arguments(data, model), share, seed) if share else (data, None)
 
 
 @dataclass(frozen=True)
@@ -143,7 +191,7 @@ class _Settings:
     num_restarts: int | None
     num_particles: int | None
     max_steps: int
-    lr: float
+    lr: float | None
     tol: float
     seed: int
 
@@ -154,7 +202,7 @@ class _Settings:
         num_restarts: int | None,
         num_particles: int | None,
         max_steps: int,
-        lr: float,
+        lr: float | None,
         tol: float,
         seed: int,
     ) -> _Settings:
@@ -166,7 +214,7 @@ class _Settings:
         }
         checked = {k: v if v is None else as_count(v, k) for k, v in counts.items()}
         max_steps = as_count(max_steps, "max_steps")
-        for name, value in (("lr", lr), ("tol", tol)):
+        for name, value in (("lr", _RATE if lr is None else lr), ("tol", tol)):
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not (number and 0 < value < 1e6):
                 raise ValueError(f"{name}: expected a number > 0, got {value!r}")
@@ -192,10 +240,12 @@ def _batch_size(pair: Pair, batch_size: int | None) -> int | None:
             "batch_size: the model must accept size=..., the number of rows a batch stands for; "
             "write model(x=None, size=None) with rows(x, size)"
         )
-    if isinstance(pair.guide, GaussianGuide | AutoGuide) and pair.local_plate():
+    local = pair.local_plate()
+    if isinstance(pair.guide, Guide | AutoGuide) and local and not _follows_rows(pair, local):
         raise ValueError(
-            f"batch_size: latents are local to plate {pair.local_plate()!r}, which this guide "
-            "cannot follow through mini-batches; write a guide that computes them from the batch"
+            f"batch_size: latents are local to plate {local!r}, which this guide cannot follow "
+            'through mini-batches; take guide="mean_field" or "structured", '
+            "latentlab.guides.Amortised, or a guide of your own that computes them from the batch"
         )
     if batch_size > len(tensors[0]):
         warnings.warn(
@@ -206,44 +256,58 @@ def _batch_size(pair: Pair, batch_size: int | None) -> int | None:
     return batch_size if batch_size < len(tensors[0]) else None
 
 
+def _follows_rows(pair: Pair, local_plate: str) -> bool:
+    """Whether a guide draws the latents of the rows of a mini-batch, and these alone."""
+    # A flow is laid over a guide of another kind first.
+    follows = isinstance(pair.guide, Guide) and pair.guide.follows_rows
+    return follows and pair.rows_plate() == local_plate
+
+
 def _batches(pair: Pair, batch_size: int | None, seed: int) -> Callable[[int], Arguments]:
     """Step -> data of that step, from (seed, step) alone."""
     if batch_size is None:
         return lambda step: pair.data
-    num_rows = len(pair.data.tensors()[0])
-    if not isinstance(pair.guide, GaussianGuide | AutoGuide) and not accepts_size(pair.guide):
+    total = len(pair.data.tensors()[0])
+    if not isinstance(pair.guide, Guide | AutoGuide) and not accepts_size(pair.guide):
         raise ValueError("batch_size: the guide must accept size=..., as the model does")
 
+    rows_of = BatchRows(total, batch_size, stream(seed, "batch"))
+
     def batch(step: int) -> Arguments:
-        generator = torch.Generator().manual_seed(stream(seed, "batch", step))
-        rows = torch.randperm(num_rows, generator=generator)[:batch_size]
-        part = pair.data.map(lambda tensor: tensor[rows.to(tensor.device)])
-        return Arguments(part.args, {**part.kwargs, "size": num_rows}, part.names)
+        rows = rows_of(step)
+        part = take(pair.data, rows)
+        return Arguments(part.args, {**part.kwargs, "size": total}, part.names, rows)
 
     return batch
 
 
 def _climb(
-    pair: Pair, settings: _Settings, batch_size: int | None, tick: Callable[[int, float], None]
-) -> tuple[Climb, Restarts]:
-    """Warm up from every start, go on from the best until converged."""
+    pair: Pair,
+    settings: _Settings,
+    batch_size: int | None,
+    tick: Callable[[int, float], None],
+    held: Arguments | None,
+    leave: Callable[[], bool],
+) -> tuple[Climb | NetworkClimb, Restarts]:
+    """Warm up from every start, go on from the best until converged, unless it is left then."""
     num_restarts, num_particles = _affordable(pair, settings, batch_size)
-    ours = isinstance(pair.guide, GaussianGuide)
-    rate = 2 * settings.lr if ours else settings.lr
+    lr, tol, max_steps = settings.lr or _RATE, settings.tol, settings.max_steps
+    networks = has_networks(pair)
+    rate = 2 * lr if isinstance(pair.guide, Guide) and not networks else lr
     elbos: list[Estimate] = []
     places: list[Place] = []
-    warm: list[tuple[float, Climb, State]] = []
+    warm: list[tuple[float, Climb | NetworkClimb, State]] = []
     climb, origin, error = None, None, None
     try:
         for start in range(num_restarts):
             begin = stream(settings.seed, "start", start)
             batch = _batches(pair, batch_size, begin)
-            lr, tol, max_steps = settings.lr, settings.tol, settings.max_steps
-            climb = Climb(pair, begin, num_particles, lr, tol, max_steps, batch, tick)
+            how = (pair, begin, num_particles, lr, tol, max_steps, batch, tick)
+            climb = NetworkClimb(*how, held, batch_size) if networks else Climb(*how)
             origin = origin or climb.state()
             climb.restore(origin)  # a guide of your own begins where you set it, each time
             try:
-                Starts(pair, settings.seed).place(start)
+                Starts(_some_rows(pair, settings.seed), settings.seed).place(start)
                 draws, elbo = climb.warm_up(_WARM_UP, rate)
                 if math.isnan(elbo.value):
                     elbo = Estimate(-math.inf, 0.0)  # the worst; a NaN is neither
@@ -257,13 +321,31 @@ def _climb(
             raise error
         climb = _best(warm)
         warm.clear()
-        climb.until_converged()
+        if not leave():
+            climb.until_converged()
     except KeyboardInterrupt:
         if climb is None:
             raise
         climb = _best(warm) if warm else climb
-        climb.stop_reason = "interrupted"
+        climb.stop_reason = INTERRUPTED
     return climb, _agreement(pair, elbos, places)
+
+
+def _further(
+    pair: Pair,
+    settings: _Settings,
+    batch_size: int | None,
+    tick: Callable[[int, float], None],
+    rung: int,
+) -> Climb:
+    """A climb that begins where another guide ended."""
+    seed = stream(settings.seed, "rung", rung)
+    num_particles = _affordable(pair, settings, batch_size)[1]
+    if isinstance(pair.guide, Flow) and settings.num_particles is None and pair.vectorised:
+        num_particles = _FLOW_PARTICLES
+    lr, batch = settings.lr or _RATE, _batches(pair, batch_size, seed)
+    how = (pair, seed, num_particles, lr, settings.tol, settings.max_steps, batch, tick)
+    return Climb(*how)
 
 
 def _agreement(pair: Pair, elbos: list[Estimate], places: list[Place]) -> Restarts:
@@ -276,7 +358,7 @@ def _agreement(pair: Pair, elbos: list[Estimate], places: list[Place]) -> Restar
     return Restarts(tuple(elbos), distances(places, best, axes))
 
 
-def _best(warm: list[tuple[float, Climb, State]]) -> Climb:
+def _best(warm: list[tuple[float, Climb | NetworkClimb, State]]) -> Climb | NetworkClimb:
     """The climb that got highest, the pair back in its state."""
     _, climb, state = max(warm, key=lambda reached: reached[0])
     climb.restore(state)
@@ -285,9 +367,11 @@ def _best(warm: list[tuple[float, Climb, State]]) -> Climb:
 
 def _affordable(pair: Pair, settings: _Settings, batch_size: int | None) -> tuple[int, int]:
     """Numbers of starts and of particles, where the caller did not say."""
-    ours = isinstance(pair.guide, GaussianGuide)
+    ours = isinstance(pair.guide, Guide)
     size = sum(p.numel() for p in pair.parameters().values())
-    num_restarts = settings.num_restarts or (4 if ours and size < _MANY_PARAMETERS else 1)
+    num_restarts = settings.num_restarts or (
+        4 if ours and pair.latents and size < _MANY_PARAMETERS else 1
+    )
     many = pair.vectorised and _numbers(pair, batch_size) <= _CHEAP_ELEMENTS
     num_particles = settings.num_particles or (8 if many else 1)
     if pair.is_point():
@@ -314,8 +398,15 @@ def _threads(pair: Pair, batch_size: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _some_rows(pair: Pair, seed: int) -> Pair:
+    """The pair at so many rows as can be looked at again and again."""
+    return looked_at(pair, seed) if follows_rows(pair) else pair
+
+
 def _final_elbo(pair: Pair, seed: int) -> Estimate:
     manual_seed(stream(seed, "elbo"))
+    if is_judged_by_row(pair):
+        return elbo_of_rows(_some_rows(pair, seed), num_rows(pair.data) or 1, DRAWS_OF_ROWS)
     num_draws = 1 if pair.is_point() else 1000 if pair.vectorised else 100
     with torch.no_grad():
         return evaluate(pair, objectives.draw(pair, num_draws))

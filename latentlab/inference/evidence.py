@@ -34,16 +34,17 @@ from latentlab.diagnostics import (
     moment_errors,
     psis,
 )
-from latentlab.guides import Draws, FullRank, GaussianGuide, MeanField
+from latentlab.guides import Draws, DrawsRows, Flow, FullRank, Guide
 from latentlab.inference import objectives
 from latentlab.inference.stages import chunks, particle_chunk
 from latentlab.protocols import Describes, owner_of
 
 if TYPE_CHECKING:
+    from latentlab.inference.held_out import HeldOut
     from latentlab.inference.posterior import Posterior
     from latentlab.inference.restarts import Restarts
 
-__all__ = ["Block", "Evidence", "gather"]
+__all__ = ["Block", "Evidence", "gather", "tail_khat"]
 
 _DRAWS = 10_000
 _FEWEST_DRAWS = 1_000
@@ -79,6 +80,12 @@ class Block:
         if isinstance(self.result, Psis):
             return None
         return len(self.result.bad) / len(self.result.khat)
+
+    @property
+    def is_surely_bad(self) -> bool:
+        """Whether a datum is above 0.7 by more than its error."""
+        lower = torch.as_tensor(self.result.khat - 2 * self.result.se)
+        return bool((lower > _RELIABLE).any())
 
 
 @dataclass(frozen=True)
@@ -118,14 +125,22 @@ class Evidence:
     kl: Mapping[str, Estimate]
     switched: Estimate | None
     remarks: tuple[str, ...]
+    is_flow: bool = False
+    has_latents: bool = True
+    is_amortised: bool = False
+    held_out: HeldOut | None = None
+    ladder: tuple[str, ...] = ()
 
     def as_text(self) -> dict[str, str]:
         """Name -> figure with its error."""
         text = {"stop": self.stop_reason}
+        text |= {f"rung {i}": rung for i, rung in enumerate(self.ladder, 1)}
         text |= {f"k-hat, {block.name}": str(block.result) for block in self.blocks}
         if self.moments is not None:
             text |= {"error of means": "at most {1} sd ({0})".format(*self.moments.shift)}
             text |= {"error of sds": "at most a factor {1} ({0})".format(*self.moments.ratio)}
+        if self.held_out is not None:
+            text |= self.held_out.as_text()
         text |= {"ELBO": f"{self.elbo} nats", "starts": str(self.restarts)}
         text |= {f"KL to prior, {site}": f"{kl} nats" for site, kl in self.kl.items()}
         if self.switched is not None:
@@ -159,6 +174,10 @@ def gather(posterior: Posterior, num_samples: int | None, seed: int | None) -> E
         stop_reason=posterior.stop_reason,
         is_point=is_point,
         is_full_rank=isinstance(pair.guide, FullRank),
+        has_latents=bool(pair.latents or pair.summed_out),
+        held_out=posterior.held_out_rows,
+        is_flow=isinstance(pair.guide, Flow),
+        ladder=tuple(map(str, posterior.ladder)),
         blocks=blocks,
         moments=_moments(draws, blocks),
         elbo=Estimate.from_draws(log_weights),
@@ -193,20 +212,23 @@ def _blocks(posterior: Posterior, log_weights: Tensor, seed: int | None) -> tupl
     bad = ~torch.isfinite(log_weights) & (log_weights != -math.inf)
     if bad.any() or (log_weights == -math.inf).all():
         return ()  # the rule on the ELBO names it
-    joint = Block("all latents", _tail(log_weights))
+    joint = Block("all latents", tail_khat(log_weights))
     pair = posterior.pair
-    splits = isinstance(pair.guide, MeanField) or not isinstance(pair.guide, GaussianGuide)
+    splits = isinstance(pair.guide, DrawsRows) or not isinstance(pair.guide, Guide)
     local = pair.local_plate() is not None and pair.vectorised and not pair.summed_out
     if joint.khat <= _RELIABLE or not (splits and local):
         return (joint,)
     return _local_blocks(posterior, seed)
 
 
-def _tail(log_weights: Tensor) -> Psis:
-    """k-hat, from deeper in the tail where only that is one.
+def tail_khat(log_weights: Tensor) -> Psis:
+    """K-hat, from deeper in the tail where only that is one.
 
     Weights with a local maximum, as those of a skewed latent have, pile up at the edge of the tail
     and look like a heavy one. The k of a tail that is heavy stays the same further out.
+
+    Arguments:
+        log_weights: shape (S,).
     """
     found = psis(log_weights)
     if found.khat > _RELIABLE and found.tail_size >= _DEEP:
@@ -250,9 +272,9 @@ def _nested(
         for name, value in drawn.items()
         if not pair.is_local(name) and isinstance(value, Tensor)
     }
-    if isinstance(pair.guide, MeanField):
-        values = objectives.draw(pair, outer * inner).values | kept
-        return values, pair.guide.element_log_prob(values)
+    if isinstance(pair.guide, DrawsRows):
+        values = pair.guide.draw_local(outer * inner, kept, pair.data).values
+        return values, pair.guide.element_log_prob(values, pair.data)
     with objectives.particles(outer * inner, pair), objectives.Record(kept) as record:
         pair.data.call(pair.guide)
     return record.values, record.log_prob
@@ -287,12 +309,15 @@ def _kl_to_prior(posterior: Posterior, seed: int | None) -> dict[str, Estimate]:
         draws = objectives.draw(pair, 1000 if pair.vectorised else 200)
         num = len(draws)
         parts = [(objectives.site_log_probs(pair, d), len(d)) for d in chunks(pair, draws)]
-        if isinstance(pair.guide, GaussianGuide):
-            log_q = pair.guide.site_log_prob(draws.values)
+        if isinstance(pair.guide, Guide):
+            log_q = pair.guide.site_log_prob(draws.values, pair.data)
         else:
-            with objectives.Record(
-                {k: v for k, v in draws.values.items() if k not in pair.points}
-            ) as record, objectives.particles(num, pair):
+            with (
+                objectives.Record(
+                    {k: v for k, v in draws.values.items() if k not in pair.points}
+                ) as record,
+                objectives.particles(num, pair),
+            ):
                 if not pair.vectorised:
                     return {}
                 pair.data.call(pair.guide)

@@ -18,10 +18,11 @@ from pyro.infer.autoguide import AutoCallable, AutoDelta, AutoGuide, AutoGuideLi
 from pyro.nn import PyroModule
 from pyro.poutine import Trace
 from torch import Tensor
-from torch.distributions import biject_to, constraints
+from torch.distributions import constraints
 
 from latentlab.inference import objectives
 from latentlab.inference.pair import Pair, latents_of, modules_of, observed_of, plates_of
+from latentlab.supports import bijection
 
 __all__ = [
     "Fault",
@@ -259,8 +260,8 @@ def own_guide_faults(pair: Pair, trace: Trace) -> Iterator[Fault]:
         yield Fault("", "the model has no continuous latent for this guide to cover")
     for latent in pair.latents:
         try:
-            biject_to(latent.support)
-        except NotImplementedError:
+            bijection(latent.support)
+        except ValueError:
             yield Fault(
                 latent.name,
                 f"has the support {_name(latent.support)}, to which there is no map from the real "
@@ -353,7 +354,7 @@ def _support_faults(
         same = isinstance(fn, Delta) or _same(fn.support, prior.support)
         guide_leaves = not same and _leaves(fn.support, prior.support, guide_site["value"])
         prior_leaves = not same and _leaves(prior.support, fn.support, guide_site["value"])
-    except NotImplementedError:  # a distribution of someone's own, without a support
+    except (NotImplementedError, ValueError):  # no support, or none with a known map
         return
     supports = _name(prior.support), _name(fn.support)
     if not inside or guide_leaves:
@@ -374,7 +375,7 @@ def _support_faults(
 
 def _leaves(support: constraints.Constraint, other: constraints.Constraint, like: Tensor) -> bool:
     """Whether points all over a support are not all in another one."""
-    transform = biject_to(support)
+    transform = bijection(support)
     free = 3 * torch.randn(100, *transform.inverse_shape(like.shape))
     return not bool(other.check(transform(free)).all())
 

@@ -24,7 +24,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from latentlab.guides import Draws, GaussianGuide
+from latentlab.guides import Draws, Guide
 from latentlab.inference.pair import Arguments, Pair
 
 __all__ = ["draw", "log_joint", "log_weights", "particles", "site_log_probs", "verify_vectorised"]
@@ -122,8 +122,8 @@ def draw(pair: Pair, num_particles: int, data: Arguments | None = None) -> Draws
     Returns:
         Values, shape (P, 1, ..., batch, event), and log q (P,).
     """
-    if isinstance(pair.guide, GaussianGuide):
-        return pair.guide.draw(num_particles)
+    if isinstance(pair.guide, Guide):
+        return pair.guide.draw(num_particles, data or pair.data)
     data = data or pair.data
     if pair.vectorised:
         with particles(num_particles, pair), Record({}) as record:
@@ -144,8 +144,8 @@ def draw(pair: Pair, num_particles: int, data: Arguments | None = None) -> Draws
 
 def log_q(pair: Pair, draws: Draws, data: Arguments | None = None) -> Tensor:
     """Log-density (P,) of the guide at draws of it, or of another guide of its shape."""
-    if isinstance(pair.guide, GaussianGuide):
-        return pair.guide.log_prob(draws.values)
+    if isinstance(pair.guide, Guide):
+        return pair.guide.log_prob(draws.values, data or pair.data)
     kept = {name: value for name, value in draws.values.items() if name not in pair.points}
     return _score(pair, pair.guide, replace(draws, values=kept), data or pair.data)
 
@@ -369,7 +369,7 @@ def _all_values(pair: Pair, draws: Draws, drawn: Draws) -> dict[str, Tensor]:
     """Everything that a step computes, by a name for it."""
     model = _site_log_probs(pair, pair.model, draws, pair.data)
     found = {f"the model's site {name!r}": value for name, value in model.items()}
-    if isinstance(pair.guide, GaussianGuide):
+    if isinstance(pair.guide, Guide):
         return found
     kept = {name: value for name, value in drawn.values.items() if name not in pair.points}
     noise = replace(drawn, values=kept)
@@ -392,7 +392,7 @@ def _with_prior(pair: Pair, drawn: Draws) -> Draws:
             pair.data.call(pair.model)
         indices = indices or record.indices
         priors.append(record.values)
-    values, ours = {}, isinstance(pair.guide, GaussianGuide)
+    values, ours = {}, isinstance(pair.guide, Guide)
     for latent in pair.latents:
         num_dims = pair.nesting + len(latent.event_shape)
         prior = torch.stack([_with_dims(draw[latent.name], num_dims) for draw in priors])

@@ -18,7 +18,7 @@ from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from latentlab.guides import GaussianGuide, Latent
+from latentlab.guides import Guide, Latent
 from latentlab.inference.copying import copy_pair, modules_of
 from latentlab.inference.sandbox import sandbox
 
@@ -39,6 +39,12 @@ __all__ = [
 class Arguments:
     """Data as the pair is called with it: ``model(*args, **kwargs)``.
 
+    Arguments:
+        args: positional ones.
+        kwargs: keyword ones.
+        names: of the columns, where they have names.
+        rows: of a mini-batch, which rows of all data they are, shape (B,).
+
     Example:
         >>> data = Arguments((torch.zeros(3),), {"size": 5})
         >>> data.call(lambda x, size: (len(x), size))
@@ -50,6 +56,7 @@ class Arguments:
     args: tuple = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     names: tuple[str, ...] | None = None
+    rows: Tensor | None = None
 
     def call(self, function: Callable) -> Any:  # noqa: ANN401
         """Call a model or guide with the data."""
@@ -126,12 +133,27 @@ class Pair:
             yield
 
     def is_point(self) -> bool:
-        """Whether the guide has no noise: all its sites are point masses."""
+        """Whether the guide has no noise: all its sites are point masses, or there are none."""
         drawn = {z.name for z in self.latents} & set(self.points)
-        return len(drawn) == len(self.latents) > 0 and not self.noisy
+        return len(drawn) == len(self.latents) and not self.noisy
+
+    def rows_plate(self) -> str | None:
+        """The plate of all observed sites that is over the first axis of the data."""
+        stacks = [self.plates[site] for site in self.observed]
+        lengths = {len(tensor) for tensor in self.data.tensors() if tensor.dim()}
+        common = [p for p in stacks[0] if all(p in s for s in stacks)] if stacks else []
+        over_rows = sorted((dim, name) for name, size, dim in common if size in lengths)
+        return over_rows[0][1] if over_rows else None
 
     def local_plate(self) -> str | None:
-        """The plate that latents share with observed sites: each of its elements is a datum."""
+        """The plate that latents share with observed sites: each of its elements is a datum.
+
+        That of the rows of the data, where there is one.
+        """
+        rows = self.rows_plate()
+        if rows is not None:
+            stands = (plate[0] for latent in self.latents for plate in latent.plates)
+            return rows if rows in stands else None
         observed = {plate[0] for name in self.observed for plate in self.plates[name]}
         for latent in self.latents:
             for name, _, _ in latent.plates:
@@ -150,7 +172,7 @@ class Pair:
         of a guide of ours, which does without the store.
         """
         found: dict[str, Tensor] = dict(self.store["params"])
-        if isinstance(self.guide, GaussianGuide):
+        if isinstance(self.guide, Guide):
             found |= {f"guide.{name}": value for name, value in self.guide.named_parameters()}
         first = {id(value): name for name, value in reversed(found.items())}
         return {n: v for n, v in found.items() if v.requires_grad and first[id(v)] == n}

@@ -6,6 +6,7 @@ Letters: S draws, N rows, D columns.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ _REPLICATES = 50  # posterior predictive data sets, at the most
 _ELEMENTS = 2**25  # numbers in all of them
 _PANELS, _LINES = 12, 20  # of intervals: sites or columns, and numbers in each
 _TABLE_ROWS = 200
+_LISTED = 20_000  # latent numbers that a table and pictures may come from
+_DRAWN = 2**25  # numbers drawn for the picture of a fit
 
 
 def draw_picture(posterior: Posterior, kind: str) -> Axes | Figure:
@@ -58,7 +61,7 @@ def write_report(posterior: Posterior, path: str | Path) -> Path:
     verdict, name = posterior.check(), _name(posterior.model)
     sections = (
         *_data_section(posterior),
-        _latents_section(posterior),
+        *_latents_section(posterior),
         _climb_section(posterior),
         _trust_section(posterior, verdict),
         *_predictive_section(posterior),
@@ -85,7 +88,10 @@ def _fit(posterior: Posterior) -> Axes:
         raise ValueError('kind: this model draws no "fit"; try "predictive" or "intervals"')
     x = tables[0]
     names = posterior.names or tuple(f"x{i}" for i in range(x.shape[-1]))
-    return owner.plot_fit(posterior._aligned(500).draws, names, *posterior.pair.data.args)
+    data = posterior.pair.data
+    numbers = sum(math.prod(z.shape) for z in posterior.pair.latents)
+    num_draws = min(500, max(2, _DRAWN // max(numbers, 1)))
+    return owner.plot_fit(posterior._aligned(num_draws).draws, names, *data.args, **data.kwargs)
 
 
 def _losses(posterior: Posterior, stop_reason: str | None = None) -> Axes:
@@ -180,12 +186,18 @@ def _columns(posterior: Posterior) -> tuple[list[str], np.ndarray]:
     """Names (D,) and values (N, D) of all observed sites side by side."""
     names, parts = [], []
     for site, value in _sites_with_rows(posterior).items():
-        coords = posterior._coords(site, value.shape)[1:]
+        folded = _is_of_steps(posterior, site, value.ndim)  # sequences: each step is a row
+        coords = posterior._coords(site, value.shape)[-1 if folded else 1 :]
         labels = [", ".join(parts) for parts in itertools.product(*coords)]
         named = len(coords) == 1 and labels == [*(posterior.names or ())]
         names += labels if named else [f"{site}[{label}]" if label else site for label in labels]
-        parts.append(value.reshape(len(value), -1))
+        parts.append(value.reshape(-1 if folded else len(value), math.prod(map(len, coords))))
     return names, np.concatenate(parts, -1) if parts else np.zeros((0, 0))
+
+
+def _is_of_steps(posterior: Posterior, site: str, num_axes: int) -> bool:
+    """Whether a site is sequences of rows (B, T, D)."""
+    return num_axes == 3 and posterior._dims(site, 3)[1:] == ("step", "feature")
 
 
 # ---- sections of the report ------------------------------------------------------------------
@@ -201,9 +213,15 @@ def _data_section(posterior: Posterior) -> list[Section]:
     return [Section("Data and fit", text, figures=(_figure(_fit(posterior)),))]
 
 
-def _latents_section(posterior: Posterior) -> Section:
+def _latents_section(posterior: Posterior) -> list[Section]:
     from latentlab.report import Section
 
+    if not posterior.pair.latents:
+        return []
+    numbers = sum(math.prod(z.shape) for z in posterior.pair.latents)
+    if numbers > _LISTED:
+        text = f"There are {numbers} of them, too many to be listed; summary() has them all."
+        return [Section("Latents", text)]
     summary, panels = posterior.summary(), list(_panels(posterior))
     figures = tuple(_figure(panel.draw()) for panel in panels[:_PANELS])
     notes = ["mcse is the Monte Carlo standard error of the mean"]
@@ -215,7 +233,7 @@ def _latents_section(posterior: Posterior) -> Section:
     what = "Point estimate" if posterior.pair.is_point() else what
     text = f"{what} of every number, in the units of the data."
     note = "; ".join(notes) + "."
-    return Section("Latents", text, figures=figures, table=_rounded(summary), note=note)
+    return [Section("Latents", text, figures=figures, table=_rounded(summary), note=note)]
 
 
 def _rounded(summary: pd.DataFrame) -> pd.DataFrame:

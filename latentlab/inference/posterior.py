@@ -22,7 +22,7 @@ from torch import Tensor
 
 from latentlab.data.checks import as_count, as_seed
 from latentlab.diagnostics import Alignment, Estimate, align, log_mean_exp
-from latentlab.guides import Draws, GaussianGuide
+from latentlab.guides import Draws, Guide
 from latentlab.inference import objectives, predictive
 from latentlab.inference.pair import Arguments, Pair, copy_pair
 from latentlab.inference.restarts import Restarts
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from latentlab.inference.evidence import Evidence
+    from latentlab.inference.held_out import HeldOut
+    from latentlab.inference.ladder import Rung
     from latentlab.inference.verdict import Verdict
 
 __all__ = ["Posterior"]
@@ -62,9 +64,11 @@ class Posterior:
         seconds: wall-clock time of the fit.
         method: how it was climbed.
         backend: what ran the pair.
+        ladder: the guides that were tried, the one that was kept last; empty for a single guide.
         fitted_to: sha256 of the data.
         recorded: the verdict that was stored with a loaded posterior.
         has_data: whether the data are at hand; a file does not hold them.
+        held_out_rows: how rows that were kept aside compare with those that were fitted.
     """
 
     pair: Pair = field(repr=False)
@@ -80,9 +84,11 @@ class Posterior:
     seconds: float = 0.0
     method: str = "stages"
     backend: str = "eager"
+    ladder: tuple[Rung, ...] = ()
     fitted_to: str = ""
     recorded: Mapping[str, Any] | None = None
     has_data: bool = True
+    held_out_rows: HeldOut | None = None
 
     def __repr__(self) -> str:
         sites = ", ".join(z.name for z in self.pair.latents)
@@ -107,6 +113,14 @@ class Posterior:
         return self.pair.guide
 
     @property
+    def held_out(self) -> Estimate | None:
+        """Log-density of the rows that were kept aside, in nats per datum; ``None`` if none were.
+
+        Where the guide computes a row's latents from the row, it is importance weighted.
+        """
+        return None if self.held_out_rows is None else self.held_out_rows.value
+
+    @property
     def names(self) -> tuple[str, ...] | None:
         """Names of the data's columns, where they have names."""
         return self.pair.data.names
@@ -119,7 +133,7 @@ class Posterior:
         """
         with self.pair.entered(seed=0):
             found = dict(pyro.get_param_store().items())
-        if isinstance(self.guide, GaussianGuide):
+        if isinstance(self.guide, Guide):
             found |= {f"guide.{name}": value for name, value in self.guide.named_parameters()}
         return {name: value.detach().clone() for name, value in found.items()}
 
@@ -229,6 +243,8 @@ class Posterior:
         for site, draws in self._aligned(num_samples, seed).draws.items():
             labels = self._labels(site, tuple(draws.shape[1:]))
             frames.append(pd.DataFrame({"site": site, "index": labels, **_figures(draws)}))
+        if not frames:
+            return pd.DataFrame(columns=["site", "index", *_figures(torch.zeros(2, 1))])
         return pd.concat(frames, ignore_index=True)
 
     def check(self, num_samples: int | None = None, seed: int | None = None) -> Verdict:
@@ -392,11 +408,14 @@ class Posterior:
         """What the verdict rests on: measured once, and anew when a number has changed."""
         from latentlab.inference.checkpoint import digest_of
         from latentlab.inference.evidence import gather
+        from latentlab.inference.networks import is_judged_by_row
+        from latentlab.inference.row_evidence import gather_by_row
 
         self._need_data("check")
         key = (num_samples, seed, id(self.model), id(self.guide), digest_of(self.pair))
         if key not in self._measured:
-            self._measured[key] = gather(self, num_samples, seed)
+            how = gather_by_row if is_judged_by_row(self.pair) else gather
+            self._measured[key] = how(self, num_samples, seed)
         return self._measured[key]
 
     @cached_property
@@ -408,7 +427,7 @@ class Posterior:
         return predictive.datum_plate(self.pair)
 
     @cached_property
-    def _axes(self) -> Mapping[str, int]:
+    def _axes(self) -> Mapping[str, int | tuple[int, ...]]:
         """Axes over exchangeable components; empty for a model that does not say."""
         owner = owner_of(self.pair.model)
         return owner.exchangeable if isinstance(owner, Exchangeable) else {}
@@ -435,9 +454,10 @@ class Posterior:
         names, coords = self.names or (), []
         # A site that is the table itself has its columns; of other sites the model has to say.
         is_table = names and site in self.pair.observed
-        is_table = is_table and shape == tuple(self.pair.data.args[0].shape)
+        is_table = is_table and shape == tuple(self.pair.data.tensors()[0].shape)
         for axis, size in enumerate(shape):
-            is_feature = self._dims(site, len(shape))[axis] == "feature" or is_table and axis == 1
+            of_table = is_table and axis == 1 and len(shape) == 2
+            is_feature = of_table or self._dims(site, len(shape))[axis] == "feature"
             named = is_feature and len(names) == size
             coords.append(list(names) if named else list(map(str, range(size))))
         return coords

@@ -29,6 +29,7 @@ from latentlab.inference import objectives
 from latentlab.inference.arguments import as_arguments
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.stages import chunks
+from latentlab.protocols import ArrangesData, owner_of
 
 __all__ = [
     "as_fitted",
@@ -52,9 +53,10 @@ def as_fitted(data: Any, pair: Pair) -> Arguments:  # noqa: ANN401
         ValueError: for missing or extra columns, which the message lists.
     """
     names = pair.data.names
-    if names and not isinstance(data, Arguments | Mapping | tuple | None):
+    arranged = isinstance(owner_of(pair.model), ArrangesData)
+    if names and not arranged and not isinstance(data, Arguments | Mapping | tuple | None):
         data = match_columns(data, names)
-    arguments = as_arguments(data, pair.model)
+    arguments = as_arguments(data, pair.model, names)
     return arguments.map(lambda t: t.to(pair.dtype) if t.is_floating_point() else t)
 
 
@@ -64,13 +66,11 @@ def datum_plate(pair: Pair) -> str | None:
     Of the plates that all observed sites stand in, the one over the first axis of the data; if
     there is none, that of the local latents, or else the outermost.
     """
+    if found := pair.rows_plate() or pair.local_plate():
+        return found
     stacks = [pair.plates[site] for site in pair.observed]
-    common = [plate for plate in stacks[0] if all(plate in s for s in stacks)] if stacks else []
-    lengths = {len(tensor) for tensor in pair.data.tensors() if tensor.dim()}
-    over_rows = sorted((dim, name) for name, size, dim in common if size in lengths)
-    if over_rows:
-        return over_rows[0][1]
-    return pair.local_plate() or next((name for name, _, _ in common), None)
+    common = (plate for plate in stacks[0] if all(plate in s for s in stacks)) if stacks else ()
+    return next((name for name, _, _ in common), None)
 
 
 def is_local(pair: Pair, site: str, plate: str | None) -> bool:

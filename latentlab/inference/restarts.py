@@ -91,7 +91,9 @@ class Place:
         )
 
 
-def distances(places: Sequence[Place], best: int, axes: Mapping[str, int]) -> tuple[float, ...]:
+def distances(
+    places: Sequence[Place], best: int, axes: Mapping[str, int | tuple[int, ...]]
+) -> tuple[float, ...]:
     """How far each place is from the best, in standard deviations of the best.
 
     Arguments:

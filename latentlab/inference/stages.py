@@ -29,20 +29,29 @@ import torch
 from torch import Tensor
 
 from latentlab.diagnostics import Estimate, rhat
-from latentlab.guides import Draws, GaussianGuide
+from latentlab.guides import Draws, DrawsRows, Guide
 from latentlab.inference import objectives
+from latentlab.inference.lazy_adam import LazyAdam
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.sandbox import manual_seed, stream
+from latentlab.inference.training import SINGULAR, step_of
+from latentlab.protocols import HasNetworks, owner_of
 
-__all__ = ["Climb", "FitDivergedError", "State", "evaluate"]
+__all__ = ["INTERRUPTED", "Climb", "FitDivergedError", "State", "evaluate"]
+
+INTERRUPTED = "interrupted"
+"""The stop reason of a climb that Ctrl-C ended."""
 
 _SNAPSHOT_EVERY = 2  # steps
 _CHECK_EVERY = 100  # steps
 _STAGE_STEPS = (300, 3000)  # a stage is at least and at most that long
+_EPOCHS = (5, 50)  # likewise, where each row has latents that only its batches move
 _IDLE_STAGES = 3  # stages that neither settle nor rise, after which more would not help
+_AT_REST = 1e-5  # posterior standard deviations, from end to end
 _FAILURES = 3  # steps without a finite loss, each tried again shorter and with new noise
 _TRAIL_NUMBERS = 2**25
 _EVALUATION_DRAWS = 256
+_NETWORK_UNIT = 0.05  # weights of networks move by so much where other parameters move by one
 
 
 class FitDivergedError(RuntimeError):
@@ -126,13 +135,13 @@ class Climb:
             return
         while True:
             before = self.state()
-            remaining = self.max_steps - self.num_steps
-            if remaining < _STAGE_STEPS[0]:
+            remaining, (fewest, most) = self.max_steps - self.num_steps, self._stage_steps()
+            if remaining < fewest:
                 self.stop_reason = f"max_steps: {self.num_steps} steps without agreement of stages"
                 return
-            if isinstance(self.pair.guide, GaussianGuide):
+            if isinstance(self.pair.guide, Guide):
                 self.pair.guide.recentre()
-            stationary = self._stage(min(_STAGE_STEPS[1], remaining), rate)
+            stationary = self._stage(min(most, remaining), rate)
             new_draws, new_elbo = self._record()
             shift = self._shift(before, draws, new_draws)
             gained_nothing = self._gained_nothing(elbo, new_elbo)
@@ -154,7 +163,7 @@ class Climb:
     def state(self) -> State:
         """A copy of everything that moves: parameters, and the frame of a guide of ours."""
         state = {k: v.detach().clone() for k, v in self.pair.parameters().items()}
-        if isinstance(self.pair.guide, GaussianGuide):
+        if isinstance(self.pair.guide, Guide):
             state |= {f"frame.{k}": v.clone() for k, v in self.pair.guide.named_buffers()}
         return state
 
@@ -163,7 +172,7 @@ class Climb:
         with torch.no_grad():
             for name, parameter in self.pair.parameters().items():
                 parameter.copy_(state[name])
-            if isinstance(self.pair.guide, GaussianGuide):
+            if isinstance(self.pair.guide, Guide):
                 for name, buffer in self.pair.guide.named_buffers():
                     buffer.copy_(state[f"frame.{name}"])
 
@@ -176,12 +185,16 @@ class Climb:
         self.stage_starts.append(self.num_steps)
         if not parameters:  # a guide that was written down, not fitted
             return True
-        optimiser, trail = self._adam(parameters, rate), _Trail(parameters, num_steps)
+        optimiser = self._adam(parameters, rate)
+        ours = isinstance(self.pair.guide, Guide) and self.pair.latents
+        trail = _Trail(parameters, num_steps, self._networks(), _AT_REST * bool(ours))
         good, failures, halved, stationary = self.state(), 0, 1.0, falling
+        fewest = self._stage_steps()[0]
         k = 0
         while k < num_steps:
             decay = 0.02 ** (k / num_steps) if falling else 1.0
-            optimiser.param_groups[0]["lr"] = rate * halved * decay
+            for group in optimiser.param_groups:
+                group["lr"] = rate * halved * decay * group.get("unit", 1.0)
             loss = self._step(optimiser, attempt=failures)
             if not math.isfinite(loss):
                 failures += 1
@@ -196,7 +209,7 @@ class Climb:
             trail.follow(k)
             if k % _CHECK_EVERY == 0:
                 good, failures = self.state(), 0
-                if not falling and k >= _STAGE_STEPS[0] and trail.stationary():
+                if not falling and k >= fewest and trail.stationary(_often_moved(optimiser)):
                     stationary = True
                     break
         trail.go_to_average()
@@ -206,32 +219,51 @@ class Climb:
         # Adam steps by the sign of a gradient even if that is nothing but rounding. In the frame
         # of a guide of ours, where the curvature is about one, this eps makes small steps
         # Newton's.
-        eps = rate if isinstance(self.pair.guide, GaussianGuide) else 1e-8
-        return torch.optim.Adam(parameters, lr=rate, eps=eps, fused=True)
+        eps = rate if isinstance(self.pair.guide, Guide) and self.pair.latents else 1e-8
+        networks = self._networks()
+        own = [p for p in parameters if id(p) not in networks]
+        weights = [p for p in parameters if id(p) in networks]
+        groups = [
+            {"params": own, "eps": eps, "unit": 1.0},
+            {"params": weights, "eps": 1e-8, "unit": _NETWORK_UNIT},
+        ]
+        groups = [g for g in groups if g["params"]]
+        if self._moves_rows():
+            return LazyAdam(groups, lr=rate)
+        return torch.optim.Adam(groups, lr=rate, fused=True)
+
+    def _stage_steps(self) -> tuple[int, int]:
+        """A stage is at least and at most that long; with latents of rows, some epochs."""
+        fewest, most = _STAGE_STEPS
+        if not self._moves_rows():
+            return fewest, most
+        total, size = (len(d.tensors()[0]) for d in (self.pair.data, self.batch(self.num_steps)))
+        epoch = math.ceil(total / size)
+        return max(fewest, _EPOCHS[0] * epoch), max(most, _EPOCHS[1] * epoch)
+
+    def _moves_rows(self) -> bool:
+        """Whether the guide has numbers of its own for each row, and a step sees some rows."""
+        guide = self.pair.guide
+        if not isinstance(guide, Guide) or isinstance(guide, HasNetworks):
+            return False
+        follows = guide.follows_rows and guide.layout.inner.numel() > 0
+        return follows and self.batch(self.num_steps).rows is not None
+
+    def _networks(self) -> set[int]:
+        """Which parameters are weights of networks in the guide, by identity."""
+        guide = owner_of(self.pair.guide)
+        if not isinstance(guide, HasNetworks):
+            return set()
+        return {id(parameter) for parameter in guide.network_parameters()}
 
     def _step(self, optimiser: torch.optim.Optimizer, attempt: int) -> float:
         step = self.num_steps
         manual_seed(stream(self.seed, "step", step, attempt))
-        data = self.batch(step)
-        optimiser.zero_grad(set_to_none=True)
-        draws = objectives.draw(self.pair, self.num_particles, data)
-        loss = (draws.log_q - objectives.log_joint(self.pair, draws, data)).mean()
-        value = loss.detach().item()
-        if math.isfinite(value):
-            loss.backward()
-            parameters = optimiser.param_groups[0]["params"]
-            slopes = [p.grad.sum() for p in parameters if p.grad is not None]
-            if slopes and not torch.stack(slopes).isfinite().all():
-                return math.nan  # the step is not taken, but tried again
-            optimiser.step()
-        return value
+        return -step_of(self.pair, self.num_particles, self.batch(step), step, optimiser)
 
     def _first_bad_site(self) -> tuple[str, float]:
         manual_seed(stream(self.seed, "step", self.num_steps, 3))
-        with torch.no_grad():
-            draws = objectives.draw(self.pair, self.num_particles)
-            found = objectives.site_log_probs(self.pair, draws)
-        return first_bad(found | {"the guide": draws.log_q})
+        return first_bad_site(self.pair, self.num_particles, self.pair.data)
 
     def _draw(self) -> Draws:
         manual_seed(stream(self.seed, "evaluate", self.num_steps))
@@ -246,20 +278,36 @@ class Climb:
         return draws, elbo
 
     def _shift(self, before: State, old: Draws, new: Draws) -> float:
-        """Root of the symmetrised KL per latent between this stage and the one before."""
+        """Root of the symmetrised KL per latent between this stage and the one before.
+
+        With latents of rows, that of the global ones where it is larger: few among many.
+        """
         num_latents = sum(math.prod(z.free_shape) for z in self.pair.latents)
         if self.pair.is_point():
             return 0.0  # a point has no spread to measure a shift in; the ELBO decides
         now = self.state()
         with torch.no_grad():
             forward = old.log_q - objectives.log_q(self.pair, old)
+            ours = self._log_q_of_global(new) - self._log_q_of_global(old)
             self.restore(before)
             backward = new.log_q - objectives.log_q(self.pair, new)
+            theirs = self._log_q_of_global(old) - self._log_q_of_global(new)
             self.restore(now)
-        total = float(forward.mean() + backward.mean())
-        if not math.isfinite(total):
+        total, few = float(forward.mean() + backward.mean()), float((ours + theirs).mean())
+        if not math.isfinite(total) or not math.isfinite(few):
             return math.inf
-        return math.sqrt(max(total, 0.0) / max(num_latents, 1))
+        guide = self.pair.guide
+        num_global = len(guide.layout.outer) if isinstance(guide, Guide) else 0
+        return math.sqrt(max(total / max(num_latents, 1), few / max(num_global, 1), 0.0))
+
+    def _log_q_of_global(self, draws: Draws) -> Tensor:
+        """Log-density (P,) of the global latents, where others are local to rows of batches."""
+        guide, zero = self.pair.guide, torch.zeros(len(draws), dtype=self.pair.dtype)
+        if not (self._moves_rows() and isinstance(guide, Guide) and isinstance(guide, DrawsRows)):
+            return zero
+        parts = guide.element_log_prob(draws.values, self.pair.data)
+        whole = {site.latent.name for site in guide.layout.sites if not site.is_local}
+        return sum((v.reshape(len(v), -1).sum(-1) for k, v in parts.items() if k in whole), zero)
 
     def _gained_nothing(self, old: Estimate, new: Estimate) -> bool:
         return new.value - old.value <= max(self.tol, 2 * math.hypot(old.se, new.se))
@@ -268,8 +316,13 @@ class Climb:
 class _Trail:
     """Where the parameters of a stage have been; thinned, so that large nets fit in memory."""
 
-    def __init__(self, parameters: list[Tensor], num_steps: int) -> None:
-        self.parameters = parameters
+    def __init__(
+        self, parameters: list[Tensor], num_steps: int, restless: set[int], at_rest: float
+    ) -> None:
+        self.parameters, self.at_rest = parameters, at_rest
+        # Weights of networks have directions that change nothing, and drift along them for ever.
+        settling = [torch.full((p.numel(),), id(p) not in restless) for p in parameters]
+        self.settling = torch.cat(settling).nonzero().squeeze(-1)
         size = sum(p.numel() for p in parameters)
         self.every = max(_SNAPSHOT_EVERY, math.ceil(size * num_steps / _TRAIL_NUMBERS))
         self.points: list[Tensor] = []
@@ -279,10 +332,21 @@ class _Trail:
         if step % self.every == 0:
             self.points.append(torch.cat([p.detach().flatten() for p in self.parameters]))
 
-    def stationary(self) -> bool:
-        """Whether the later half of the trail has stopped drifting."""
-        later = self.points[len(self.points) // 2 :]
-        return len(later) >= 4 and bool((rhat(torch.stack(later)) < 1.1).double().mean() >= 0.95)
+    def stationary(self, moved: Tensor | None = None) -> bool:
+        """Whether the later half of the trail has stopped drifting.
+
+        Numbers that few steps ``moved`` are left out: how far a stage takes them tells of them.
+        """
+        settling = self.settling if moved is None else self.settling[moved[self.settling]]
+        later = [point[settling] for point in self.points[len(self.points) // 2 :]]
+        if len(later) < 4:
+            return False
+        if not len(settling):
+            return True
+        path = torch.stack(later)
+        # Where the gradient is zero draw by draw, what is left to drift is rounding.
+        still = path.amax(0) - path.amin(0) <= self.at_rest
+        return bool(((rhat(path) < 1.1) | still).double().mean() >= 0.95)
 
     def go_to_average(self) -> None:
         """Put the parameters at the average of the later half."""
@@ -293,6 +357,11 @@ class _Trail:
         with torch.no_grad():
             for parameter, part in zip(self.parameters, flat.split(sizes), strict=True):
                 parameter.copy_(part.view_as(parameter))
+
+
+def _often_moved(optimiser: torch.optim.Optimizer) -> Tensor | None:
+    """Which numbers most steps moved; ``None`` for all of them."""
+    return optimiser.often_moved() if isinstance(optimiser, LazyAdam) else None
 
 
 def evaluate(pair: Pair, draws: Draws) -> Estimate:
@@ -326,6 +395,23 @@ def particle_chunk(pair: Pair, num_particles: int, elements: int = 2**22) -> int
         math.prod(shape) for shape in pair.shapes.values()
     )
     return max(1, min(num_particles, elements // max(size, 1)))
+
+
+def first_bad_site(pair: Pair, num_particles: int, data: Arguments) -> tuple[str, float]:
+    """The first site whose log-density is not finite at new draws of the guide, and that value.
+
+    Arguments:
+        pair: the pair, entered.
+        num_particles: how many draws.
+        data: what it is called with.
+    """
+    try:
+        with torch.no_grad():
+            draws = objectives.draw(pair, num_particles, data)
+            found = objectives.site_log_probs(pair, draws, data)
+    except SINGULAR:
+        return "the matrix that could not be factorised", math.nan
+    return first_bad(found | {"the guide": draws.log_q})
 
 
 def first_bad(log_probs: dict[str, Tensor]) -> tuple[str, float]:

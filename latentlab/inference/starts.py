@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentlab.guides import Draws, GaussianGuide
+from latentlab.guides import Arrow, Draws, Guide, Structured
 from latentlab.inference import objectives
 from latentlab.inference.pair import Pair
 from latentlab.inference.sandbox import manual_seed, stream
@@ -76,14 +76,10 @@ class Starts:
 
     def _place(self, start: int, attempt: int) -> None:
         guide = self.pair.guide
-        if not isinstance(guide, GaussianGuide):
+        if not isinstance(guide, Guide) or not self.pair.latents:
             return
         seed = stream(self.seed, "place", start, attempt)
-        manual_seed(seed)
-        free = guide.pack(_prior_draws(self.pair, _PRIOR_DRAWS))
-        free = torch.where(torch.isfinite(free), free, 0.0)
-        low, center, high = free.quantile(torch.tensor([0.16, 0.5, 0.84]).to(free), dim=0)
-        unit = ((high - low) / 2).clamp_min(1e-8 * center.abs() + 1e-300)
+        free, center, unit = self._prior(guide, seed)
         if start or attempt:
             center = free[0].clamp(center - 2 * unit, center + 2 * unit)
         owner = owner_of(self.pair.model)
@@ -95,7 +91,25 @@ class Starts:
         if not attempt and not self.pair.store["params"]:  # parameters yet to learn have no mode
             self._go_to_mode(guide, center, unit, seed)
 
-    def _go_to_mode(self, guide: GaussianGuide, center: Tensor, unit: Tensor, seed: int) -> None:
+    def lay_over_mode(self, center: Tensor) -> None:
+        """Lay a guide that stands somewhere over the mode near there, if that has the larger ELBO.
+
+        Arguments:
+            center: where it stands, shape (L,).
+        """
+        guide, seed = self.pair.guide, stream(self.seed, "mode")
+        if isinstance(guide, Guide) and not self.pair.store["params"]:
+            self._go_to_mode(guide, center, self._prior(guide, seed)[2], seed)
+
+    def _prior(self, guide: Guide, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Draws of the prior on the real line, their median and half their width, (L,) each."""
+        manual_seed(seed)
+        free = guide.pack(_prior_draws(self.pair, _PRIOR_DRAWS))
+        free = torch.where(torch.isfinite(free), free, 0.0)
+        low, center, high = free.quantile(torch.tensor([0.16, 0.5, 0.84]).to(free), dim=0)
+        return free, center, ((high - low) / 2).clamp_min(1e-8 * center.abs() + 1e-300)
+
+    def _go_to_mode(self, guide: Guide, center: Tensor, unit: Tensor, seed: int) -> None:
         """Lay the guide over the nearest mode, where that has the larger ELBO."""
         before = {k: v.clone() for k, v in guide.state_dict().items()}
         plain = self._elbo(seed)
@@ -105,6 +119,8 @@ class Starts:
             precision = _precision(self.pair, guide, mode, unit)
             if precision.isfinite().all():  # in some units it overflows
                 guide.lay(mode, precision)
+        elif len(guide.layout.outer) + guide.layout.inner.shape[1] <= _CURVED:
+            _lay_by_row(self.pair, guide, mode, unit)
         if not self._elbo(seed) > plain:  # a NaN is no gain
             guide.load_state_dict(before)
 
@@ -116,7 +132,7 @@ class Starts:
         return value if math.isfinite(value) else -math.inf
 
     @staticmethod
-    def _overwrite(guide: GaussianGuide, center: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+    def _overwrite(guide: Guide, center: Tensor, values: Mapping[str, Tensor]) -> Tensor:
         current = guide.unpack(center[None])[0]
         current |= {
             name: value.reshape(current[name].shape).to(center)
@@ -126,7 +142,7 @@ class Starts:
         return guide.pack(current)[0]
 
 
-def _log_density(pair: Pair, guide: GaussianGuide, u: Tensor) -> Tensor:
+def _log_density(pair: Pair, guide: Guide, u: Tensor) -> Tensor:
     """Log joint density (P,) at points u (P, L) of the real line."""
     values, log_det = guide.unpack(u)
     joint = objectives.log_joint(pair, Draws(values, u.new_zeros(len(u))))
@@ -136,7 +152,7 @@ def _log_density(pair: Pair, guide: GaussianGuide, u: Tensor) -> Tensor:
     return joint + sum(stretch, u.new_zeros(()))
 
 
-def _mode(pair: Pair, guide: GaussianGuide, center: Tensor, unit: Tensor) -> Tensor:
+def _mode(pair: Pair, guide: Guide, center: Tensor, unit: Tensor) -> Tensor:
     """A mode of the log density near a centre, by L-BFGS in units of the prior."""
     from scipy.optimize import minimize
 
@@ -146,12 +162,14 @@ def _mode(pair: Pair, guide: GaussianGuide, center: Tensor, unit: Tensor) -> Ten
         (slope,) = torch.autograd.grad(value, at)
         return value.item(), slope.double().numpy(force=True)
 
+    # To the last digit, so that the order of the rows, which rounds sums, is of no account.
+    options = {"maxiter": _MODE_STEPS, "ftol": 1e-15, "gtol": 1e-8}
     start = np.zeros(len(center))
-    found = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": _MODE_STEPS})
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", options=options)
     return center + unit * torch.from_numpy(found.x).to(center)
 
 
-def _precision(pair: Pair, guide: GaussianGuide, mode: Tensor, unit: Tensor) -> Tensor:
+def _precision(pair: Pair, guide: Guide, mode: Tensor, unit: Tensor) -> Tensor:
     """Negative second derivatives (L, L) at a mode, made positive definite."""
 
     def loss(v: Tensor) -> Tensor:
@@ -164,6 +182,40 @@ def _precision(pair: Pair, guide: GaussianGuide, mode: Tensor, unit: Tensor) -> 
     # A flat or hollow direction gets the width of the prior.
     size = size.abs().clamp_min(1.0)
     return ((axes * size) @ axes.T).to(mode) / (unit[:, None] * unit)
+
+
+def _lay_by_row(pair: Pair, guide: Guide, mode: Tensor, unit: Tensor) -> None:
+    """Lay a guide over a mode where rows are independent given the global numbers, in place."""
+    arrow = _arrow(pair, guide, mode, unit)
+    if not all(part.isfinite().all() for part in (arrow.outer, arrow.cross, arrow.inner)):
+        return
+    arrow = arrow.made_positive()  # a flat or hollow direction gets the width of the prior
+    if isinstance(guide, Structured):
+        guide.lay_arrow(mode, arrow, unit.double())
+    else:
+        guide.start(mode, unit * arrow.diagonal(guide.layout).rsqrt().to(unit))
+
+
+def _arrow(pair: Pair, guide: Guide, mode: Tensor, unit: Tensor) -> Arrow:
+    """Negative second derivatives at a mode, in units, none between different rows.
+
+    One product with the Hessian gives a column of it for a global number, and a column for every
+    row at once for one of the rows' numbers.
+    """
+    outer, inner = guide.layout.outer, guide.layout.inner
+    zeros = torch.zeros_like(mode)
+    at = zeros.clone().requires_grad_()
+    with torch.enable_grad():
+        value = -_log_density(pair, guide, (mode + unit * at)[None])[0]
+        (slope,) = torch.autograd.grad(value, at, create_graph=True)
+        columns = [
+            torch.autograd.grad(slope, at, zeros.index_fill(0, places, 1.0), retain_graph=True)[0]
+            for places in (*outer[:, None], *inner.T)
+        ]
+    matrix = torch.stack(columns).double()  # (G + l, L)
+    by_global, by_row = matrix[: len(outer)], matrix[len(outer) :]
+    cross, blocks = (part[:, inner].movedim(0, -1) for part in (by_global, by_row))
+    return Arrow(by_global[:, outer], cross, blocks)
 
 
 def _prior_draws(pair: Pair, num_draws: int) -> dict[str, Tensor]:

@@ -10,6 +10,8 @@ k-hat              of the importance weights, per block: above 0.7 the guide mis
                    posterior (do not use), above 0.5 it is strained (care)
 means and sds      of the guide, against those that its weights give: off by more than 0.1 sd or a
                    factor 1.18 (care), by more than 0.3 sd or a factor 2 (do not use)
+held-out rows      lower than fitted rows by more than their errors and 0.1 sd of the rows (care),
+                   or 1 sd (do not use); none were kept aside and there are no latents (care)
 ELBO               measured again: far from what the fit recorded, parameters or data were changed
 starts             the best optimum found once only, or another as good elsewhere (care)
 KL to the prior    of each site: near zero, the data say nothing about it (care)
@@ -40,6 +42,7 @@ LEVELS = ("use", "use with care", "do not use")
 
 _FEW_BAD = 0.05  # share of data whose k-hat may be above 0.7 by noise and a few outliers
 _SHIFTS = 0.1, 0.3  # errors of a mean in standard deviations: care, and not to be used
+_GAPS = 0.1, 1.0  # of the log-densities of rows kept aside, in their sd from row to row
 _FACTORS = 1.18, 2.0  # errors of a standard deviation, up or down
 _UNUSED_NATS = 0.01  # KL to the prior below which a site has learnt nothing
 _SWITCHED = 0.01  # share of draws with swapped labels
@@ -118,7 +121,7 @@ def _stop(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _khat(evidence: Evidence) -> Iterator[Finding]:
-    if evidence.is_point:
+    if evidence.is_point and evidence.has_latents:
         yield Finding(
             "use with care",
             "the guide is a point: an estimate without uncertainty",
@@ -128,9 +131,42 @@ def _khat(evidence: Evidence) -> Iterator[Finding]:
         yield _block(block, _richer(evidence))
 
 
+def _held_out(evidence: Evidence) -> Iterator[Finding]:
+    """Rows kept aside, by which a fit without uncertainty of its own is judged."""
+    found = evidence.held_out
+    if found is None:
+        if not evidence.has_latents:
+            yield Finding(
+                "use with care",
+                "the model has no latents: its parameters are one estimate without uncertainty, "
+                "and no rows were kept aside to try it on",
+                "fit with held_out=0.1",
+            )
+        return
+    size = (found.gap.value - 2 * found.gap.se) / max(found.spread, 1e-300)
+    reason = (
+        f"rows kept aside have {found.value} nats per datum, fitted rows {found.training}: "
+        f"a gap of {found.gap}"
+    )
+    if not math.isfinite(size):
+        yield Finding("do not use", reason, "look at the data and at the model")
+    elif size > _GAPS[0]:
+        level = "do not use" if size > _GAPS[1] else "use with care"
+        yield Finding(level, f"{reason}; the fit follows its rows too closely", _SMALLER)
+    else:
+        yield Finding("use", reason)
+
+
+_SMALLER = "fewer parameters, more data, or a stronger prior"
+
+
 def _richer(evidence: Evidence) -> str:
-    if evidence.is_full_rank:
+    if evidence.is_amortised:
+        return "a richer guide (a wider encoder, a flow behind it); the model itself may be good"
+    if evidence.is_flow:
         return "another parametrisation (non-centred, on another scale), or a simpler model"
+    if evidence.is_full_rank:
+        return 'guide="flow", or another parametrisation (non-centred, on another scale)'
     return 'guide="full_rank", or another parametrisation'
 
 
@@ -143,7 +179,7 @@ def _block(block: Block, wider: str) -> Finding:
         return Finding("use with care", reason, wider) if khat > 0.5 else Finding("use", reason)
     if block.share_bad > _FEW_BAD:
         return Finding("do not use", reason, wider)
-    if block.share_bad > 0:
+    if block.is_surely_bad:
         return Finding("use with care", reason, "look at those data, they may be outliers")
     return Finding("use", reason)
 
@@ -227,4 +263,4 @@ def _remarks(evidence: Evidence) -> Iterator[Finding]:
         yield Finding("use with care", remark)
 
 
-_RULES = (_stop, _khat, _moments, _elbo, _starts, _unused, _labels, _remarks)
+_RULES = (_stop, _khat, _held_out, _moments, _elbo, _starts, _unused, _labels, _remarks)

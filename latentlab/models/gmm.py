@@ -1,61 +1,93 @@
-r"""Gaussian mixtures with diagonal covariances.
+r"""Gaussian mixtures.
 
 .. math::
     \pi \sim \mathrm{Dirichlet}(\alpha), \quad
     \mu_{kd} \sim \mathcal{N}(m_d, (3 s_d)^2), \quad
     \sigma_{kd} \sim \mathrm{LogNormal}(\log \tfrac{s_d}{2}, 1), \quad
-    x_n \sim \textstyle\sum_k \pi_k \, \mathcal{N}(\mu_k, \mathrm{diag}\,(\sigma_k^2 + f^2 s^2))
+    R_k \sim \mathrm{LKJ}(1 + \tfrac{D}{2}), \\
+    x_n \sim \textstyle\sum_k \pi_k \, \mathcal{N}(\mu_k, \Sigma_k), \qquad
+    \Sigma_k = \mathrm{diag}(\sigma_k) \, R_k \, \mathrm{diag}(\sigma_k) + f^2 \mathrm{diag}(s^2)
 
 :math:`m_d` and :math:`s_d` are the mean and standard deviation of column d, so that the prior says
-the same whatever the units, and means, scales and the ELBO come out in the units of the data. The
-log-normal prior and the floor :math:`f = 10^{-3}` keep a component from collapsing onto one row,
-where the likelihood has no maximum. The labels :math:`z_n` are summed out, so that every latent
-left is continuous and every guide applies.
+the same whatever the units, and means, scales and the ELBO come out in the units of the data.
+``covariance`` says what components are free in: ``"full"`` (all of it), ``"tied"`` (one
+:math:`\sigma` and R for all of them), ``"diag"`` (:math:`R = I`) or ``"spherical"`` (one
+:math:`\sigma_k` for all columns as well, about their mean :math:`s`).
 
-Letters: N rows, D features, K components, S draws.
+The log-normal prior and the floor :math:`f = 10^{-3}` keep a component from collapsing onto one
+row, where the likelihood has no maximum. The prior on R keeps one of D rows, which always lie in a
+plane, from collapsing onto that. R is written by its partial correlations, see
+:mod:`latentlab.distributions.correlations`. The labels :math:`z_n` are summed out, so that every
+latent left is continuous and every guide applies.
+
+Letters: N rows, D features, K components, P = D (D - 1) / 2 pairs of features, S draws.
 
 References:
     | Bayesian regularization for normal mixture estimation (Fraley and Raftery, 2007)
-    | k-means++: the advantages of careful seeding (Arthur and Vassilvitskii, 2007)
+    | Generating random correlation matrices based on vines and extended onion method
+      (Lewandowski, Kurowicka and Joe, 2009)
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal, cast
 
 import pyro
 import pyro.distributions as dist
+import pyro.poutine as poutine
 import torch
 from torch import Generator, Tensor, nn
 from torch.distributions import AffineTransform
 
 from latentlab.data.checks import as_count, as_rows, warn_constant
 from latentlab.data.table import Table
-from latentlab.distributions import DiagonalGaussianMixture
-from latentlab.guides import FullRank, MeanField
+from latentlab.distributions import NormalMixture
+from latentlab.distributions.correlations import PartialCorrelations, correlation_tril
+from latentlab.guides import FullRank, Guide, MeanField, Point
+from latentlab.models.gmm_remarks import remarks_on_components
+from latentlab.models.gmm_starts import Covariance, find_start
+from latentlab.models.gmm_units import as_counts, check_one_a_row, mean_and_sd, warn_far
 from latentlab.plates import rows
 
 __all__ = ["GaussianMixture"]
 
 _FLOOR = 1e-3  # of a column's standard deviation
+_ROUNDING = 1e-13  # of a variance: a correlation matrix keeps its Cholesky factor
 _START_ROWS = 20_000  # rows that starting values look at
-_FAR = 100  # interquartile ranges in a standard deviation: the floor is a tenth of one
-_SAME = 0.95  # affinity of two components a third of a scale to either side of their mean
 _CHUNK = 2**24  # elements of (S, N, K) held at a time
+_CHOICES = {
+    "covariance": ("full", "tied", "diag", "spherical"),
+    "prior": ("weak", "flat"),
+    "init": ("k-means++", "random"),
+}
 
 
 class GaussianMixture(nn.Module):
-    r"""Mixture of K diagonal Gaussians over rows of D numbers.
+    r"""Mixture of K Gaussians over rows of D numbers.
 
-    Sites: ``weights`` (K,), ``locs`` (K, D), ``scales`` (K, D) and the observed ``x`` (N, D). NaN
-    cells of ``x`` count as missing and are integrated out exactly.
+    Sites: ``weights`` (K,), ``locs`` (K, D), ``scales`` and, with correlations, ``correlations``,
+    and the observed ``x`` (N, D). NaN cells of ``x`` count as missing and are integrated out
+    exactly, whatever the covariance.
+
+    ==============  ================  ===================
+    ``covariance``  ``scales``        ``correlations``
+    ==============  ================  ===================
+    "full"          (K, D)            (K, P) if D > 1
+    "tied"          (D,)              (P,) if D > 1
+    "diag"          (K, D)
+    "spherical"     (K,)
+    ==============  ================  ===================
 
     Arguments:
         num_features: number of columns D.
         num_components: number of components K.
+        covariance: the shape of the covariances; ``"diag"`` takes columns as independent within a
+            component, and needs the fewest rows but for ``"spherical"``.
+        prior: ``"weak"``, or ``"flat"`` for none at all; the mode, ``guide="point"``, is then the
+            maximum of the likelihood.
         concentration: :math:`\alpha` of the Dirichlet prior; below 1 favours few components.
         init: how starting means are chosen, ``"k-means++"`` (far apart) or ``"random"`` rows.
 
@@ -65,7 +97,7 @@ class GaussianMixture(nn.Module):
     Example:
         >>> import latentlab as ll
         >>> x = ll.data.simulate.eruptions(num_rows=100)
-        >>> model = ll.GaussianMixture(num_features=2, num_components=2)
+        >>> model = ll.GaussianMixture(num_features=2, num_components=2, covariance="full")
         >>> model(size=5).shape                                  # a prior draw
         torch.Size([5, 2])
         >>> model.scale_to(x.x)(x.x[:10], size=100).shape        # 10 rows stand for 100
@@ -76,19 +108,14 @@ class GaussianMixture(nn.Module):
     spread: Tensor
     num_rows: Tensor
     tolerates_missing = True
-    exchangeable: Mapping[str, int] = {"weights": -1, "locs": -2, "scales": -2}
-    dims: Mapping[str, Sequence[str]] = {
-        "weights": ("component",),
-        "locs": ("component", "feature"),
-        "scales": ("component", "feature"),
-        "x": ("row", "feature"),
-    }
 
     def __init__(
         self,
         num_features: int,
         num_components: int,
         *,
+        covariance: Covariance = "diag",
+        prior: Literal["weak", "flat"] = "weak",
         concentration: float = 1.0,
         init: Literal["k-means++", "random"] = "k-means++",
     ) -> None:
@@ -97,116 +124,194 @@ class GaussianMixture(nn.Module):
         self.num_components = as_count(num_components, "num_components")
         if not isinstance(concentration, int | float) or not 0 < concentration < math.inf:
             raise ValueError(f"concentration: expected a number > 0, got {concentration!r}")
-        if init not in ("k-means++", "random"):
-            raise ValueError(f'init: expected "k-means++" or "random", got {init!r}')
+        for name, value in (("covariance", covariance), ("prior", prior), ("init", init)):
+            if value not in _CHOICES[name]:
+                known = " or ".join(f'"{choice}"' for choice in _CHOICES[name])
+                raise ValueError(f"{name}: expected {known}, got {value!r}")
         self.concentration = float(concentration)
-        self.init: Literal["k-means++", "random"] = init
+        self.covariance, self.prior, self.init = covariance, prior, init
+        self.assume_missing = True  # until rows without a missing cell were seen
         self.register_buffer("center", torch.zeros(self.num_features))
         self.register_buffer("spread", torch.ones(self.num_features))
-        self.register_buffer("num_rows", torch.tensor(0))
+        self.register_buffer("num_rows", torch.tensor(0.0, dtype=torch.float64))
 
-    def forward(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
-        """The model: all rows (``x``), a mini-batch (``x``, ``size``) or a draw (``size``)."""
+    @property
+    def exchangeable(self) -> Mapping[str, int]:
+        """Site -> the axis, from the right, that runs over the components."""
+        axes = {site: (dims, len(dims)) for site, dims in self.dims.items() if "component" in dims}
+        return {site: dims.index("component") - num for site, (dims, num) in axes.items()}
+
+    @property
+    def dims(self) -> Mapping[str, Sequence[str]]:
+        """Site -> names of its axes."""
+        own = () if self.covariance == "tied" else ("component",)
+        columns = () if self.covariance == "spherical" else ("feature",)
+        named: dict[str, Sequence[str]] = {
+            "weights": ("component",),
+            "locs": ("component", "feature"),
+            "scales": (*own, *columns),
+            "x": ("row", "feature"),
+        }
+        return named | {"correlations": (*own, "pair")} if self._is_tilted else named
+
+    def forward(
+        self, x: Tensor | None = None, weights: Tensor | None = None, size: int | None = None
+    ) -> Tensor:
+        """The model: all rows (``x``), a mini-batch (``x``, ``size``) or a draw (``size``).
+
+        Arguments:
+            x: rows, shape (N, D), NaN where a cell is missing.
+            weights: how often each row counts, shape (N,); a weight of 2 is the row twice.
+            size: the number of rows that x stands for.
+        """
         if x is not None and x.shape[-1] != self.num_features:
             raise self._other_width(x)
-        K, center, spread = self.num_components, self.center, self.spread
-        weights = pyro.sample("weights", dist.Dirichlet(spread.new_full((K,), self.concentration)))
+        if x is not None and weights is not None:
+            check_one_a_row(weights, len(x))
+        latents = self._draw_latents()
+        with rows(x, size), _counted(weights):
+            return pyro.sample("x", self.likelihood(**latents), obs=x)
 
-        with pyro.plate("components", K):
-            locs = pyro.sample("locs", _normal(center, 3 * spread).to_event(1))
-            scales = pyro.sample("scales", dist.LogNormal((spread / 2).log(), 1.0).to_event(1))
-
-        with rows(x, size):
-            return pyro.sample("x", self.likelihood(weights, locs, scales), obs=x)
-
-    def likelihood(self, weights: Tensor, locs: Tensor, scales: Tensor) -> DiagonalGaussianMixture:
+    def likelihood(
+        self, weights: Tensor, locs: Tensor, scales: Tensor, correlations: Tensor | None = None
+    ) -> NormalMixture:
         """The distribution of a row given the latents, labels summed out.
 
         Arguments:
             weights: shape (K,), or (S, 1, K) for S draws, the 1 for the plate of rows.
             locs: shape (K, D), or (S, K, D).
-            scales: shape (K, D), or (S, K, D).
+            scales: as the site, or (S, ...); with one for all components, (S, 1, D).
+            correlations: as the site, or (S, ...); with one for all components, (S, 1, P).
 
         Returns:
             The mixture, batch shape () or (S, 1).
         """
-        if locs.dim() > 2:  # K left its plate and became an event: make room for the rows
-            locs, scales = locs.unsqueeze(-3), scales.unsqueeze(-3)
-        floored = self.spread * ((scales / self.spread) ** 2 + _FLOOR**2).sqrt()
-        return DiagonalGaussianMixture(weights, locs, floored)
+        if self.covariance == "spherical":
+            scales = scales.unsqueeze(-1)
+        several = locs.dim() > 2  # K left its plate and became an event: make room for the rows
+        if several:
+            locs = locs.unsqueeze(-3)
+        if several or self.covariance == "tied":
+            place = -3 if several else 0
+            scales = scales.unsqueeze(place)
+            correlations = None if correlations is None else correlations.unsqueeze(place)
+        ratio = scales / self._unit
+        floored = (ratio**2 + _FLOOR**2).sqrt()
+        if correlations is None:
+            return NormalMixture(weights, locs, self._unit * floored)
+        # The floor widens scales, and shrinks correlations by what it adds.
+        share = (ratio / floored).double()
+        tril = share.unsqueeze(-1) * correlation_tril(correlations.double(), self.num_features)
+        rest = (1 - share) * (1 + share) + _ROUNDING
+        tril = torch.linalg.cholesky_ex(tril @ tril.mT + rest.diag_embed())[0]
+        tril = (self._unit * floored).unsqueeze(-1) * tril
+        missing = self.assume_missing
+        return NormalMixture(weights, locs, scale_trils=tril, assume_missing=missing)
 
-    def default_guide(self) -> FullRank | MeanField:
-        """A full-rank Gaussian, or a mean-field one where that would take over 80,000 numbers."""
-        num_latents = self.num_components * (1 + 2 * self.num_features) - 1
-        return FullRank() if num_latents <= 400 else MeanField()
+    def default_guide(self) -> Guide:
+        """A full-rank Gaussian, or a mean-field one where that would take over 80,000 numbers.
 
-    def scale_to(self, x: Tensor | Table, size: int | None = None) -> GaussianMixture:
+        With a flat prior a point: what has no prior may have no posterior either.
+        """
+        if self.prior == "flat":
+            return Point()
+        K, D = self.num_components, self.num_features
+        of_one = {"spherical": 1, "diag": D, "tied": 0, "full": D * (D + 1) // 2}[self.covariance]
+        shared = D * (D + 1) // 2 if self.covariance == "tied" else 0
+        return FullRank() if K * (1 + D + of_one) - 1 + shared <= 400 else MeanField()
+
+    def scale_to(
+        self, x: Tensor | Table, weights: Tensor | None = None, size: int | None = None
+    ) -> GaussianMixture:
         """Set the priors in the units of the data, in place.
 
         Warns of constant columns, and of a value so far away that the rest look alike.
 
         Arguments:
             x: rows, shape (N, D), NaN where a cell is missing.
-            size: the number of rows that x stands for; by default its own.
+            weights: how often each row counts, shape (N,); once by default.
+            size: the number of rows that x stands for; by default its own, or the sum of weights.
 
         Returns:
             The model itself.
 
         Raises:
-            ValueError: if x is not N rows of ``num_features`` numbers.
+            ValueError: if x is not N rows of ``num_features`` numbers, or weights are negative,
+                not finite, all zero or not N.
         """
-        table = self._table(x, min_rows=2)
-        if len(table) < self.num_components:
+        table, counts = self._counted_table(x, weights)
+        num_rows = len(table) if counts is None else int((counts > 0).sum())
+        if num_rows < self.num_components:
+            of_weight = "" if counts is None else " with a weight above 0"
             raise ValueError(
                 f"num_components: expected at most the number of rows, got "
-                f"{self.num_components} components for {len(table)} rows"
+                f"{self.num_components} components for {num_rows} rows{of_weight}"
             )
-        center, spread = _mean_and_sd(table.x)
+        center, spread = mean_and_sd(table.x, counts)
         warn_constant(table)
-        _warn_far(table, spread)
+        warn_far(table, spread)
         # Where rounding alone tells rows apart, a column's size is its scale, one if it is zero.
         rounding = 8 * torch.finfo(table.x.dtype).eps * center.abs()
         size_of = torch.where(center == 0, 1.0, center.abs())
         self.center = center
         self.spread = torch.where(spread > rounding, spread, size_of)
-        self.num_rows = torch.tensor(len(table) if size is None else size)
+        total = float(len(table) if counts is None else counts.sum())
+        self.num_rows = torch.tensor(total if size is None else float(size), dtype=torch.float64)
+        self.assume_missing = bool(table.missing.any())  # a blank row is one, too
         return self
 
     def starting_values(
-        self, x: Tensor | Table, size: int | None = None, *, seed: int = 0
+        self,
+        x: Tensor | Table,
+        weights: Tensor | None = None,
+        size: int | None = None,
+        *,
+        seed: int = 0,
     ) -> dict[str, Tensor]:
         """A start: seeds by ``init``, then expectation-maximisation until it slows down.
 
         Arguments:
             x: rows, shape (N, D), NaN where a cell is missing; 20,000 of them are looked at.
+            weights: as for :meth:`scale_to`.
             size: unused; as for :meth:`scale_to`.
             seed: another seed, another start.
 
         Returns:
-            ``weights`` (K,), ``locs`` (K, D) and ``scales`` (K, D), in the units of x.
+            A value for each latent, in the units of x.
         """
         x = self._table(x, min_rows=1).x
+        counts = torch.ones(len(x)) if weights is None else as_counts(weights, len(x))
+        counts = counts.to(x)
         generator = Generator(x.device).manual_seed(seed)
-        some = torch.randperm(len(x), generator=generator, device=x.device)[:_START_ROWS]
-        y = (x[some] - self.center) / self.spread
-        pick = _far_rows if self.init == "k-means++" else _random_rows
-        seeds = pick(y.nan_to_num(0.0), self.num_components, generator)  # the mean, to start with
-        weights, locs, scales = _expectation_maximisation(y, seeds)
-        return {
-            "weights": weights,
-            "locs": self.center + self.spread * locs,
-            "scales": self.spread * scales,
+        some = torch.arange(len(x), device=x.device)
+        if len(x) > _START_ROWS:
+            some = torch.randperm(len(x), generator=generator, device=x.device)
+        some = some[counts[some] > 0][:_START_ROWS]
+        y, K = (x[some] - self.center) / self._unit, self.num_components
+        start = find_start(y, counts[some], K, self.covariance, self.init, generator)
+        scales, correlations = start.without_floor(_FLOOR)
+        values = {
+            "weights": start.weights,
+            "locs": self.center + self._unit * start.locs.to(x),
+            "scales": self._unit * scales.to(x),
         }
+        if self._is_tilted and correlations is not None:
+            values["correlations"] = correlations
+        if self.covariance == "spherical":
+            values["scales"] = values["scales"][:, 0]
+        if self.covariance == "tied":
+            values |= {site: values[site][0] for site in self._sites[2:]}
+        return {site: value.to(x) for site, value in values.items()}
 
     def responsibilities(self, x: Tensor | Table, draws: Mapping[str, Tensor]) -> Tensor:
         r"""Probability of each label for each row, averaged over posterior draws.
 
-        .. math:: r_{nk} = \mathbb{E}_{q}\, p(z_n = k \mid x_n, \pi, \mu, \sigma)
+        .. math:: r_{nk} = \mathbb{E}_{q}\, p(z_n = k \mid x_n, \pi, \mu, \Sigma)
 
         Arguments:
             x: rows, shape (N, D), NaN where a cell is missing.
-            draws: ``weights`` (S, K), ``locs`` (S, K, D), ``scales`` (S, K, D), as
-                ``Posterior.sample`` returns them; component k is the same one in each draw.
+            draws: site -> draws (S, ...), as ``Posterior.sample`` returns them; component k is
+                the same one in each draw.
 
         Returns:
             Probabilities, shape (N, K), rows sum to one.
@@ -223,7 +328,22 @@ class GaussianMixture(nn.Module):
         log_sum = self._average(x, draws, lambda joint: joint.logsumexp(-1).logsumexp(0))
         return log_sum - math.log(len(draws["weights"]))
 
-    def label_rows(self, draws: Mapping[str, Tensor], x: Tensor | Table) -> dict[str, Tensor]:
+    def mixture(self, draws: Mapping[str, Tensor]) -> NormalMixture:
+        """The distributions of a row at draws of the latents, batch shape (S, 1).
+
+        Arguments:
+            draws: as for :meth:`responsibilities`.
+        """
+        shared = (
+            ("weights", "scales", "correlations") if self.covariance == "tied" else ("weights",)
+        )
+        return self.likelihood(
+            **{k: draws[k].unsqueeze(1) if k in shared else draws[k] for k in self._sites}
+        )
+
+    def label_rows(
+        self, draws: Mapping[str, Tensor], x: Tensor | Table, weights: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Columns for a table of rows: the most probable component, its odds, the log-density."""
         probs = self.responsibilities(x, draws)
         columns = {"component": probs.argmax(-1)}
@@ -231,39 +351,50 @@ class GaussianMixture(nn.Module):
         return columns | {"log_prob": self.log_prob(x, draws)}
 
     def remarks(self, draws: Mapping[str, Tensor], *data: Any) -> list[str]:  # noqa: ANN401
-        r"""What the draws say about the number of components.
+        """What the draws say about the number of components.
 
-        A component may hold no rows, or be another one twice. The effective number counts neither:
-        with the affinity :math:`Z_{jk} = \int \sqrt{p_j p_k}` of components at their posterior
-        mean, it is :math:`\exp(-\sum_k \pi_k \log (Z \pi)_k)`.
-
-        Reference:
-            | Measuring diversity: the importance of species similarity (Leinster, Cobbold, 2012)
+        Components are taken at their posterior mean; see
+        :func:`latentlab.models.gmm_remarks.remarks_on_components`.
         """
-        weights, locs, scales = (
-            draws[site].double().mean(0) for site in ("weights", "locs", "scales")
-        )
-        held = weights * max(int(self.num_rows), 1)
-        affinity = _affinity(locs / self.spread, scales / self.spread)
-        few = [k for k in range(self.num_components) if held[k] < 2]
-        same = [(j, k) for j, k in (affinity > _SAME).nonzero().tolist() if j < k]
-        faults = [f"component {k} holds fewer than 2 rows" for k in few]
-        faults += [f"components {j} and {k} are the same" for j, k in same if not {j, k} & {*few}]
-        if not faults:
-            return []
-        effective = float((-weights @ (affinity @ weights).log()).exp())
-        return [
-            f"{', '.join(faults)} (effective number of components {effective:.1f} of "
-            f"{self.num_components}): try fewer components"
-        ]
+        mean = {site: draws[site].double().mean(0, keepdim=True) for site in self._sites}
+        mixture = self.mixture(mean)
+        weights, locs = mixture.weights[0, 0], mixture.locs[0, 0]
+        trils = mixture.scale_trils
+        if trils is None:
+            trils = cast(Tensor, mixture.scales).expand_as(mixture.locs).diag_embed()
+        unit = self._unit.double().expand(self.num_features)
+        trils = (trils[0, 0] / unit.unsqueeze(-1)).expand(self.num_components, -1, -1)
+        return remarks_on_components(weights, locs / unit, trils, float(self.num_rows))
 
-    def plot_fit(self, draws: Mapping[str, Tensor], names: Sequence[str], x: Tensor) -> Any:  # noqa: ANN401
+    def plot_fit(
+        self,
+        draws: Mapping[str, Tensor],
+        names: Sequence[str],
+        x: Tensor,
+        weights: Tensor | None = None,
+    ) -> Any:  # noqa: ANN401
         """The data with the fitted components drawn on them; returns matplotlib axes."""
         from latentlab.report.plots import plot_mixture
 
-        sites = ("weights", "locs", "scales")
-        weights, locs, scales = (draws[site].numpy(force=True) for site in sites)
-        return plot_mixture(x.numpy(force=True), weights, locs, scales, names)
+        scales = draws["scales"]
+        if self.covariance == "spherical":
+            scales = scales.unsqueeze(-1)
+        if self.covariance == "tied":
+            scales = scales.unsqueeze(1)
+        correlations = None
+        if self._is_tilted:
+            tril = correlation_tril(draws["correlations"].mean(0), self.num_features)
+            shape = (self.num_components, self.num_features, self.num_features)
+            correlations = (tril @ tril.mT).expand(shape).numpy(force=True)
+        locs = draws["locs"]
+        return plot_mixture(
+            x.numpy(force=True),
+            draws["weights"].numpy(force=True),
+            locs.numpy(force=True),
+            scales.expand_as(locs).numpy(force=True),
+            names,
+            correlations,
+        )
 
     def spec(self) -> dict[str, Any]:
         """What builds this model again."""
@@ -272,16 +403,66 @@ class GaussianMixture(nn.Module):
             "arguments": {
                 "num_features": self.num_features,
                 "num_components": self.num_components,
+                "covariance": self.covariance,
+                "prior": self.prior,
                 "concentration": self.concentration,
                 "init": self.init,
             },
         }
+
+    # ------------------------------------------------------------------------------------------
+
+    @property
+    def _is_tilted(self) -> bool:
+        return self.covariance in ("full", "tied") and self.num_features > 1
+
+    @property
+    def _sites(self) -> tuple[str, ...]:
+        return tuple(site for site in self.dims if site != "x")
+
+    @property
+    def _unit(self) -> Tensor:
+        """What scales are measured in: each column's spread (D,), or their mean ()."""
+        return self.spread.mean() if self.covariance == "spherical" else self.spread
+
+    def _draw_latents(self) -> dict[str, Tensor]:
+        """The latents from their prior."""
+        K, D, center, spread = self.num_components, self.num_features, self.center, self.spread
+        scale = dist.LogNormal((self._unit / 2).log(), 1.0)
+        scale = scale if self.covariance == "spherical" else scale.to_event(1)
+        own = self.covariance != "tied"
+        free = poutine.mask(mask=False) if self.prior == "flat" else nullcontext()
+        with free:
+            alpha = spread.new_full((K,), self.concentration)
+            latents = {"weights": pyro.sample("weights", dist.Dirichlet(alpha))}
+            components = pyro.plate("components", K)
+            with components:
+                latents["locs"] = pyro.sample("locs", _normal(center, 3 * spread).to_event(1))
+            with components if own else nullcontext():
+                latents["scales"] = pyro.sample("scales", scale)
+                if self._is_tilted:
+                    prior = PartialCorrelations(D, spread.new_full((), 1 + D / 2))
+                    latents["correlations"] = pyro.sample("correlations", prior)
+        return latents
 
     def _table(self, x: Tensor | Table, min_rows: int) -> Table:
         table = as_rows(x, min_rows=min_rows, allow_missing=True)
         if table.x.shape[1] != self.num_features:
             raise self._other_width(table.x)
         return table
+
+    def _counted_table(
+        self, x: Tensor | Table, weights: Tensor | None
+    ) -> tuple[Table, Tensor | None]:
+        """The rows, those of weight zero blank, and how often each counts."""
+        table = self._table(x, min_rows=2)
+        if weights is None:
+            return table, None
+        counts = as_counts(weights, len(table)).to(table.x.device)
+        if (counts > 0).all():
+            return table, counts
+        blank = torch.where(counts[:, None] > 0, table.x, torch.nan)
+        return as_rows(Table(blank, table.names), min_rows=2, allow_missing=True), counts
 
     def _other_width(self, x: Tensor) -> ValueError:
         return ValueError(
@@ -296,87 +477,24 @@ class GaussianMixture(nn.Module):
         reduce: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """Reduce log-joints (S, n, K) of n rows at a time to n results."""
-        x = self._table(x, min_rows=0).x
-        weights, locs, scales = draws["weights"], draws["locs"], draws["scales"]
-        mixture = self.likelihood(weights.unsqueeze(1), locs, scales)
-        step = max(1, _CHUNK // weights.numel())
+        x, mixture = self._table(x, min_rows=0).x, self.mixture(draws)
+        step = max(1, _CHUNK // draws["weights"].numel())
         with torch.no_grad():
             return torch.cat([reduce(mixture.component_log_prob(part)) for part in x.split(step)])
+
+
+@contextmanager
+def _counted(weights: Tensor | None) -> Iterator[None]:
+    """Rows count as often as their weights say; those of weight zero not at all."""
+    if weights is None:
+        yield
+        return
+    there = cast(torch.BoolTensor, weights > 0)
+    with poutine.mask(mask=there), poutine.scale(scale=torch.where(there, weights, 1.0)):
+        yield
 
 
 def _normal(loc: Tensor, scale: Tensor) -> dist.TransformedDistribution:
     """N(loc, scale) whose density squares no scale, so that none is too small or too large."""
     standard = dist.Normal(torch.zeros_like(loc), 1.0)
     return dist.TransformedDistribution(standard, [AffineTransform(loc, scale)])
-
-
-def _affinity(locs: Tensor, scales: Tensor) -> Tensor:
-    """Bhattacharyya's coefficient of each two diagonal Gaussians, shape (K, K), one if equal."""
-    variance = (scales[:, None] ** 2 + scales**2) / 2  # (K, K, D)
-    ratio = scales[:, None] * scales / variance
-    return (0.5 * ratio.log() - (locs[:, None] - locs) ** 2 / (8 * variance)).sum(-1).exp()
-
-
-def _mean_and_sd(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each column (D,), whatever the units; NaN cells left out."""
-    mean = x.nanmean(0)
-    away = x - mean
-    unit = away.abs().nan_to_num(0.0).amax(0)
-    unit = torch.where(unit > 0, unit, 1.0)
-    return mean, unit * (away / unit).square().nanmean(0).sqrt()
-
-
-def _warn_far(table: Table, spread: Tensor) -> None:
-    """Warn of columns where one far value widens the floor under the scales of all others."""
-    x = table.x[:: -(-len(table) // _START_ROWS)].double().sort(0).values  # NaN last
-    count = (~x.isnan()).sum(0)
-    quarter, half, three = (x.gather(0, (count * q // 4)[None])[0] for q in (1, 2, 3))
-    far = (spread > _FAR * (three - quarter)) & (three > quarter)
-    for d in far.nonzero().flatten().tolist():
-        away = (table.x[:, d] - half[d]).abs().nan_to_num(0.0)
-        row = int(away.argmax())
-        warnings.warn(
-            f"x: row {row} of column {table.names[d]!r} ({float(table.x[row, d]):g}) is "
-            f"{float(away[row] / (three - quarter)[d]):.0e} interquartile ranges from the median: "
-            "beside it the other rows look alike; look at it, leave it out or take logarithms",
-            stacklevel=3,
-        )
-
-
-def _random_rows(y: Tensor, num_components: int, generator: Generator) -> Tensor:
-    return y[torch.randperm(len(y), generator=generator, device=y.device)[:num_components]]
-
-
-def _far_rows(y: Tensor, num_components: int, generator: Generator) -> Tensor:
-    """Rows chosen in turn with probability of the squared distance to the nearest one so far."""
-    chosen = y[torch.randint(len(y), (1,), generator=generator, device=y.device)]
-    nearest = torch.full((len(y),), float("inf"), dtype=y.dtype, device=y.device)
-    while len(chosen) < num_components:
-        nearest = torch.minimum(nearest, ((y - chosen[-1]) ** 2).sum(-1))
-        odds = nearest if nearest.sum() > 0 else torch.ones_like(nearest)
-        chosen = torch.cat([chosen, y[torch.multinomial(odds, 1, generator=generator)]])
-    return chosen
-
-
-def _expectation_maximisation(
-    y: Tensor, locs: Tensor, max_iter: int = 100
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Maximise the likelihood of standardised rows from given means."""
-    K, D = locs.shape
-    # A pseudo-count at mean 0 and scale 1/2 keeps components from emptying, and scales from zero.
-    prior = 0.5
-    weights, scales = y.new_full((K,), 1 / K), y.new_full((K, D), 0.5)
-    seen, filled = (~y.isnan()).to(y), y.nan_to_num(0.0)
-    previous = -float("inf")
-    for _ in range(max_iter):
-        joint = DiagonalGaussianMixture(weights, locs, scales).component_log_prob(y)
-        total = float(joint.logsumexp(-1).mean())
-        held = (resp := joint.softmax(-1)).sum(0) + prior
-        counts = resp.T @ seen + prior  # (K, D)
-        locs = resp.T @ filled / counts
-        scales = ((resp.T @ filled**2 + prior * 0.25) / counts - locs**2).sqrt()
-        weights = held / held.sum()
-        if total - previous < 1e-6:
-            break
-        previous = total
-    return weights, locs, scales

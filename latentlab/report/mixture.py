@@ -38,9 +38,10 @@ def plot_mixture(
     locs: np.ndarray,
     scales: np.ndarray,
     names: Sequence[str],
+    correlations: np.ndarray | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Data with a diagonal Gaussian mixture drawn on them.
+    """Data with a Gaussian mixture drawn on them.
 
     One column: a histogram, the fitted density with its 90 % band over draws, and the components.
     More: a scatter of two columns, each row in the colour of its most probable component, with
@@ -53,6 +54,8 @@ def plot_mixture(
         locs: draws of the means, shape (S, K, D), in the units of x.
         scales: draws of the standard deviations, shape (S, K, D), in the units of x.
         names: names of the D columns.
+        correlations: correlation matrices of the components at the posterior mean, shape
+            (K, D, D); by default columns are independent within a component.
         ax: where to draw; by default a new figure.
 
     Returns:
@@ -66,9 +69,14 @@ def plot_mixture(
     expect_shape("x", x, (len(x), len(names)))
     expect_shape("locs", locs, shape)
     expect_shape("scales", scales, shape)
+    K, D = shape[1:]
+    correlations = np.eye(D)[None].repeat(K, 0) if correlations is None else correlations
+    expect_shape("correlations", correlations, (K, D, D))
     ax = blank_axes(ax, 3.7)
-    draw = _draw_density if len(names) == 1 else _draw_ellipses
-    draw(ax, x, weights, locs, scales, names)
+    if D == 1:
+        _draw_density(ax, x, weights, locs, scales, names)
+    else:
+        _draw_ellipses(ax, x, weights, locs, scales, correlations, names)
     if weights.shape[1] < 10:
         legend(ax, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, markerscale=1.8)
     return ax
@@ -112,6 +120,7 @@ def _draw_ellipses(
     weights: np.ndarray,
     locs: np.ndarray,
     scales: np.ndarray,
+    correlations: np.ndarray,
     names: Sequence[str],
 ) -> None:
     from matplotlib.patches import Ellipse
@@ -120,15 +129,17 @@ def _draw_ellipses(
     dims = _furthest_apart(weight, loc, scale)
     whole = np.flatnonzero(np.isfinite(x[:, dims]).all(1))
     rows = whole[thinned(len(whole), _ROWS)]
-    labels = _most_probable(x[rows], weight, loc, scale)
+    labels = _most_probable(x[rows], weight, loc, scale, correlations)
     for k in range(len(weight)):
         colour, marker = COLOURS[k % len(COLOURS)], _MARKERS[k % len(_MARKERS)]
         points = x[rows[labels == k]][:, dims].T
         (dots,) = ax.plot(*points, marker, color=colour, alpha=0.65, label=_component(k, weights))
         dots.set(markersize=3.6, markeredgewidth=0)
+        size, angle = _axes_of(scale[k, dims], correlations[k][np.ix_(dims, dims)])
         for sds in (1, 2):
-            size = 2 * sds * scale[k, dims]
-            ellipse = Ellipse(loc[k, dims], *size, fill=False, edgecolor=colour, linewidth=1.5)
+            width, height = 2 * sds * size
+            ellipse = Ellipse(loc[k, dims], width, height, angle=angle, fill=False)
+            ellipse.set(edgecolor=colour, linewidth=1.5)
             ax.add_patch(ellipse)
         word(ax, str(k), loc[k, dims] + (0, 2 * scale[k, dims[1]]), (0, 7))
     ax.autoscale_view()
@@ -152,11 +163,34 @@ def _furthest_apart(weight: np.ndarray, loc: np.ndarray, scale: np.ndarray) -> l
     return sorted(int(d) for d in np.argsort(-spread, kind="stable")[:2])
 
 
+def _axes_of(scale: np.ndarray, correlation: np.ndarray) -> tuple[np.ndarray, float]:
+    """Half axes (2,) of the ellipse of one sd, and the angle of the first in degrees."""
+    if correlation[0, 1] == 0:
+        return scale, 0.0
+    unit = scale.max()  # squares of it may not be floats
+    variance, axes = np.linalg.eigh(scale[:, None] / unit * correlation * scale / unit)
+    angle = np.degrees(np.arctan2(axes[1, 1], axes[0, 1]))
+    return unit * np.sqrt(np.maximum(variance[::-1], 0.0)), float(angle)
+
+
 def _most_probable(
-    x: np.ndarray, weight: np.ndarray, loc: np.ndarray, scale: np.ndarray
+    x: np.ndarray,
+    weight: np.ndarray,
+    loc: np.ndarray,
+    scale: np.ndarray,
+    correlations: np.ndarray,
 ) -> np.ndarray:
+    """Labels of rows (N, D), by the cells that are there."""
     standard = (x[:, None] - loc) / scale  # (N, K, D)
-    joint = np.log(np.maximum(weight, 1e-300)) + np.nansum(-(standard**2) / 2 - np.log(scale), -1)
+    joint = np.tile(np.log(np.maximum(weight, 1e-300)), (len(x), 1))
+    seen = np.isfinite(x)
+    for present in np.unique(seen, axis=0):
+        rows = (seen == present).all(1)
+        part = correlations[:, present][:, :, present] + 1e-9 * np.eye(present.sum())
+        z = standard[rows][..., present]
+        square = np.einsum("nki,kij,nkj->nk", z, np.linalg.inv(part), z)
+        log_det = np.linalg.slogdet(part)[1] / 2 + np.log(scale[:, present]).sum(1)
+        joint[rows] -= square / 2 + log_det
     return joint.argmax(-1)
 
 

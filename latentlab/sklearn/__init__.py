@@ -14,6 +14,17 @@ the same draws in every call, so that a fitted estimator always answers alike.
 Letters: N rows, K components, S draws.
 """
 
+from latentlab.sklearn.flow import FlowDensity
+from latentlab.sklearn.hmm import CategoricalHMM, GaussianHMM, PoissonHMM
 from latentlab.sklearn.mixture import GaussianMixture
+from latentlab.sklearn.vae import PPCA, VAE
 
-__all__ = ["GaussianMixture"]
+__all__ = [
+    "CategoricalHMM",
+    "FlowDensity",
+    "GaussianHMM",
+    "GaussianMixture",
+    "PPCA",
+    "PoissonHMM",
+    "VAE",
+]

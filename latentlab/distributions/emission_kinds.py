@@ -1,0 +1,263 @@
+r"""Ready-made emissions, each with priors in the units of the data.
+
+Each of them is what a state says of a row, see :mod:`latentlab.distributions.emissions`.
+
+Letters: N rows, D features, K states, C categories, P = D (D - 1) / 2 pairs of features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from latentlab.distributions.cells import Cells
+from latentlab.distributions.correlations import (
+    PartialCorrelations,
+    correlation_tril,
+    partial_correlations,
+)
+from latentlab.distributions.normal_row import NormalRow
+
+__all__ = ["BernoulliEmission", "CategoricalEmission", "GaussianEmission", "PoissonEmission"]
+
+_FLOOR = 1e-3  # of a column's standard deviation
+_ROUNDING = 1e-13  # of a variance: a correlation matrix keeps its Cholesky factor
+
+
+class GaussianEmission(nn.Module):
+    r"""Rows that are normal in each state: sites ``locs``, ``scales`` and ``correlations``.
+
+    .. math:: \mu_{kd} \sim \mathcal{N}(m_d, (3 s_d)^2), \quad
+              \sigma_{kd} \sim \mathrm{LogNormal}(\log \tfrac{s_d}{2}, 1), \quad
+              R_k \sim \mathrm{LKJ}(1 + \tfrac{D}{2})
+
+    with m and s the mean and standard deviation of each column. Variances have the floor
+    :math:`(10^{-3} s_d)^2`, so that no state collapses onto one row.
+
+    Arguments:
+        num_features: number of columns D.
+        covariance: ``"diag"`` takes columns as independent within a state, ``"full"`` does not.
+    """
+
+    center: Tensor
+    spread: Tensor
+
+    def __init__(self, num_features: int, covariance: str = "diag") -> None:
+        super().__init__()
+        if covariance not in ("diag", "full"):
+            raise ValueError(f'covariance: expected "diag" or "full", got {covariance!r}')
+        self.num_features, self.covariance = num_features, covariance
+        self.register_buffer("center", torch.zeros(num_features, dtype=torch.float64))
+        self.register_buffer("spread", torch.ones(num_features, dtype=torch.float64))
+
+    def sites(self) -> Mapping[str, Any]:
+        """Priors in the units of the data."""
+        log_half = (self.spread / 2).log()
+        found = {
+            "locs": dist.Normal(self.center, 3 * self.spread).to_event(1),
+            "scales": dist.LogNormal(log_half, torch.ones_like(log_half)).to_event(1),
+        }
+        if self._is_tilted:
+            eta = self.spread.new_full((), 1 + self.num_features / 2)
+            found["correlations"] = PartialCorrelations(self.num_features, eta)
+        return found
+
+    def distribution(
+        self, locs: Tensor, scales: Tensor, correlations: Tensor | None = None
+    ) -> Any:  # noqa: ANN401
+        """Rows in each state.
+
+        Arguments:
+            locs: means, shape (..., K, D).
+            scales: standard deviations, shape (..., K, D).
+            correlations: partial correlations, shape (..., K, P).
+        """
+        floor = _FLOOR * self.spread
+        floored = (scales.square() + floor.square()).sqrt()
+        if correlations is None:
+            return Cells(dist.Normal(locs, floored), event_dim=1)
+        # The floor widens scales, and shrinks correlations by what it adds.
+        share = scales / floored
+        tril = share.unsqueeze(-1) * correlation_tril(correlations, self.num_features)
+        rest = (1 - share) * (1 + share) + _ROUNDING
+        tril = torch.linalg.cholesky_ex(tril @ tril.mT + rest.diag_embed())[0]
+        return NormalRow(locs, floored.unsqueeze(-1) * tril)
+
+    def measure(self, x: Tensor) -> None:
+        """Take mean and standard deviation of the columns as units, in place."""
+        center = x.nanmean(0)
+        away = (x - center).abs().nan_to_num(0.0)
+        unit = torch.where(away.amax(0) > 0, away.amax(0), 1.0)
+        spread = unit * ((x - center) / unit).square().nanmean(0).sqrt()
+        # Where rounding alone tells rows apart, a column's size is its scale, one if it is zero.
+        rounding = 8 * torch.finfo(x.dtype).eps * center.abs()
+        size = torch.where(center == 0, 1.0, center.abs())
+        self.center = center.to(self.center)
+        self.spread = torch.where(spread > rounding, spread, size).to(self.spread)
+
+    def estimate(self, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """Means, scales and correlations of weighted rows."""
+        y = (x - self.center) / self.spread
+        mean, held = _weighted_mean(y, weights)
+        away = (y[:, None] - mean).nan_to_num(0.0)  # (N, K, D)
+        square = torch.einsum("nk,nkd->kd", weights, away.square())
+        prior = 1.0  # of a row at half a standard deviation, so that no variance is zero
+        variance = (square + prior / 4) / (held + prior)
+        found = {
+            "locs": self.center + self.spread * mean,
+            "scales": self.spread * (variance - _FLOOR**2).clamp_min(_FLOOR**2).sqrt(),
+        }
+        if self._is_tilted:
+            whole = (~x.isnan()).all(1)
+            part = weights * whole[:, None]
+            product = torch.einsum("nk,nki,nkj->kij", part, away, away)
+            scale = product.diagonal(dim1=-2, dim2=-1).clamp_min(1e-12).sqrt()
+            scaled = product / (scale.unsqueeze(-1) * scale.unsqueeze(-2))
+            eye = torch.eye(self.num_features, dtype=x.dtype, device=x.device)
+            shrink = (part.sum(0) / (part.sum(0) + self.num_features))[:, None, None]
+            tril = torch.linalg.cholesky(shrink * scaled + (1 - shrink) * eye)
+            found["correlations"] = partial_correlations(tril)
+        return found
+
+    @property
+    def _is_tilted(self) -> bool:
+        return self.covariance == "full" and self.num_features > 1
+
+
+class PoissonEmission(nn.Module):
+    r"""Counts: site ``rates``, :math:`\lambda_{kd} \sim \mathrm{Exponential}` of the data's mean.
+
+    Arguments:
+        num_features: number of columns D.
+    """
+
+    center: Tensor
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.register_buffer("center", torch.ones(num_features, dtype=torch.float64))
+
+    def sites(self) -> Mapping[str, Any]:
+        """Priors in the units of the data."""
+        return {"rates": dist.Gamma(torch.ones_like(self.center), 1 / self.center).to_event(1)}
+
+    def distribution(self, rates: Tensor) -> Any:  # noqa: ANN401
+        """Rows in each state.
+
+        Arguments:
+            rates: means, shape (..., K, D).
+        """
+        return Cells(dist.Poisson(rates), event_dim=1)
+
+    def check(self, x: Tensor, argument: str = "x") -> None:
+        """Raise for cells that are no counts."""
+        _refuse(x, (x < 0) | (x != x.floor()), argument, "counts, whole numbers from 0 on", "")
+
+    def measure(self, x: Tensor) -> None:
+        """Take the mean of each column as its unit, in place."""
+        least = 0.5 / max(len(x), 1)  # of a column without a single count
+        self.center = x.nanmean(0).clamp_min(least).to(self.center)
+
+    def estimate(self, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """Rates of weighted rows."""
+        mean, held = _weighted_mean(x, weights)
+        return {"rates": (mean * held + 0.01 * self.center) / (held + 0.01)}
+
+
+class CategoricalEmission(nn.Module):
+    r"""Codes 0 to C - 1: site ``probs``, :math:`p_{kd} \sim \mathrm{Dirichlet}(1)`.
+
+    Arguments:
+        num_features: number of columns D.
+        num_categories: number of codes C of a column.
+    """
+
+    alpha: Tensor
+
+    def __init__(self, num_features: int, num_categories: int) -> None:
+        super().__init__()
+        self.num_features, self.num_categories = num_features, num_categories
+        ones = torch.ones(num_features, num_categories, dtype=torch.float64)
+        self.register_buffer("alpha", ones, persistent=False)
+
+    def sites(self) -> Mapping[str, Any]:
+        """Uniform priors."""
+        return {"probs": dist.Dirichlet(self.alpha).to_event(1)}
+
+    def distribution(self, probs: Tensor) -> Any:  # noqa: ANN401
+        """Rows in each state.
+
+        Arguments:
+            probs: probabilities of the codes, shape (..., K, D, C).
+        """
+        return Cells(dist.Categorical(probs), event_dim=1, dtype=probs.dtype)
+
+    def check(self, x: Tensor, argument: str = "x") -> None:
+        """Raise for cells that are no codes."""
+        wrong = (x < 0) | (x != x.floor()) | (x >= self.num_categories)
+        way = "; give the model num_categories=, one more than the largest code"
+        _refuse(x, wrong, argument, f"codes from 0 to {self.num_categories - 1}", way)
+
+    def estimate(self, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """Shares of the codes among weighted rows."""
+        codes = torch.arange(self.num_categories, device=x.device)
+        found = (x.unsqueeze(-1) == codes).to(x.dtype)  # (N, D, C), none where missing
+        counts = torch.einsum("nk,ndc->kdc", weights, found) + 1 / self.num_categories
+        return {"probs": counts / counts.sum(-1, keepdim=True)}
+
+
+class BernoulliEmission(nn.Module):
+    r"""Zeros and ones: site ``probs``, :math:`p_{kd} \sim \mathrm{Uniform}(0, 1)`.
+
+    Arguments:
+        num_features: number of columns D.
+    """
+
+    alpha: Tensor
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+        ones = torch.ones(num_features, dtype=torch.float64)
+        self.register_buffer("alpha", ones, persistent=False)
+
+    def sites(self) -> Mapping[str, Any]:
+        """Uniform priors."""
+        return {"probs": dist.Beta(self.alpha, self.alpha).to_event(1)}
+
+    def distribution(self, probs: Tensor) -> Any:  # noqa: ANN401
+        """Rows in each state.
+
+        Arguments:
+            probs: probabilities of a one, shape (..., K, D).
+        """
+        return Cells(dist.Bernoulli(probs), event_dim=1)
+
+    def check(self, x: Tensor, argument: str = "x") -> None:
+        """Raise for cells that are neither."""
+        _refuse(x, (x != 0) & (x != 1), argument, "zeros and ones", "")
+
+    def estimate(self, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """Shares of ones among weighted rows."""
+        mean, held = _weighted_mean(x, weights)
+        return {"probs": (mean * held + 0.5) / (held + 1)}
+
+
+def _weighted_mean(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of the cells that are there (K, D), and what they weigh (K, D)."""
+    held = weights.mT @ (~x.isnan()).to(weights)
+    total = weights.mT @ x.nan_to_num(0.0)
+    return total / held.clamp_min(1e-12), held
+
+
+def _refuse(x: Tensor, wrong: Tensor, argument: str, expected: str, way: str) -> None:
+    found = (wrong & ~x.isnan()).nonzero()
+    if len(found):
+        place = found[0].tolist()
+        value = float(x[tuple(place)])
+        raise ValueError(f"{argument}: expected {expected}, got {value:g} at {place}{way}")

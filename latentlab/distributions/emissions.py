@@ -1,0 +1,232 @@
+r"""What the states of a chain say of a row: emissions.
+
+.. math:: x_t \mid z_t = k \; \sim \; p(\,\cdot \mid \theta_k), \qquad \theta_k \sim p(\theta)
+
+==============================  ===========================================================
+emission                        a row in state k
+==============================  ===========================================================
+:class:`GaussianEmission`       :math:`\mathcal{N}(\mu_k, \Sigma_k)`, diagonal or full
+:class:`PoissonEmission`        counts with rates :math:`\lambda_{kd}`
+:class:`CategoricalEmission`    codes c with probabilities :math:`p_{kdc}`
+:class:`BernoulliEmission`      zeros and ones with probabilities :math:`p_{kd}`
+:class:`ProductEmission`        columns of several kinds side by side
+==============================  ===========================================================
+
+One of your own is any object with :class:`Emission`'s three names: how many columns, the prior
+of a state's numbers, and the distribution of a row given them. What it knows besides it may lend:
+:class:`MeasuresRows`, :class:`ChecksRows`, :class:`EstimatesStates`.
+
+Cells that are NaN are missing. The emissions here integrate them out exactly; of others, a step
+with a missing cell is left out as a whole.
+
+Letters: N rows, D features, K states, C categories.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from latentlab.distributions.cells import Parts
+from latentlab.distributions.emission_kinds import (
+    BernoulliEmission,
+    CategoricalEmission,
+    GaussianEmission,
+    PoissonEmission,
+)
+
+__all__ = [
+    "BernoulliEmission",
+    "CategoricalEmission",
+    "ChecksRows",
+    "Emission",
+    "EstimatesStates",
+    "GaussianEmission",
+    "MeasuresRows",
+    "PoissonEmission",
+    "ProductEmission",
+    "emission_of",
+]
+
+_KINDS = ("gaussian", "gaussian_full", "poisson", "categorical", "bernoulli")
+
+
+@runtime_checkable
+class Emission(Protocol):
+    """What a state says of a row of D numbers: all that a model of states has to know.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from latentlab.distributions import Cells
+        >>> class Lengths:
+        ...     num_features = 1
+        ...     def sites(self):
+        ...         return {"rates": dist.Gamma(2.0, 2.0).expand([1]).to_event(1)}
+        ...     def distribution(self, rates):
+        ...         return Cells(dist.Exponential(rates), event_dim=1, fill=1.0)
+        >>> isinstance(Lengths(), Emission)
+        True
+    """
+
+    num_features: int
+
+    def sites(self) -> Mapping[str, Any]:
+        """Site -> the prior of its value in one state, batch shape ()."""
+
+    @property
+    def distribution(self) -> Callable[..., Any]:
+        """A method: values of the sites, by name, to the distribution of a row, event shape (D,).
+
+        Its batch shape is that of the values: (..., K) for values (..., K, *event).
+        """
+
+
+@runtime_checkable
+class MeasuresRows(Protocol):
+    """An emission whose priors are set in the units of the data."""
+
+    def measure(self, x: Tensor) -> None:
+        """Set the units from rows (N, D), NaN where a cell is missing, in place."""
+
+
+@runtime_checkable
+class ChecksRows(Protocol):
+    """An emission that not all numbers can come from."""
+
+    def check(self, x: Tensor, argument: str = "x") -> None:
+        """Raise ``ValueError`` where observed cells of (..., D) cannot come from it."""
+
+
+@runtime_checkable
+class EstimatesStates(Protocol):
+    """An emission that knows the values that fit weighted rows best."""
+
+    def estimate(self, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """Site -> values (K, ...) for rows (N, D) that weigh (N, K) in each state."""
+
+
+class ProductEmission(nn.Module):
+    """Columns of several kinds, independent within a state.
+
+    A site that several parts have gets the number of its part: ``probs_0``, ``probs_2``.
+
+    Arguments:
+        parts: emissions, each over the next columns of a row.
+    """
+
+    def __init__(self, parts: Sequence[Emission]) -> None:
+        super().__init__()
+        self.parts = tuple(parts)
+        self.num_features = sum(part.num_features for part in parts)
+        for g, part in enumerate(parts):
+            if isinstance(part, nn.Module):
+                self.add_module(f"part_{g}", part)
+        count = Counter(site for part in parts for site in part.sites())
+        self.names = tuple(
+            {site: f"{site}_{g}" if count[site] > 1 else site for site in part.sites()}
+            for g, part in enumerate(parts)
+        )
+        order = torch.arange(self.num_features)
+        self.register_buffer("order", order, persistent=False)
+
+    def sites(self) -> Mapping[str, Any]:
+        """Priors of all parts."""
+        return {
+            names[site]: prior
+            for part, names in zip(self.parts, self.names, strict=True)
+            for site, prior in part.sites().items()
+        }
+
+    def distribution(self, **values: Tensor) -> Any:  # noqa: ANN401
+        """Rows in each state.
+
+        Arguments:
+            values: those of the sites, by name.
+        """
+        rows = [
+            part.distribution(**{site: values[name] for site, name in names.items()})
+            for part, names in zip(self.parts, self.names, strict=True)
+        ]
+        return Parts(rows, self.get_buffer("order"))
+
+    def check(self, x: Tensor, argument: str = "x") -> None:
+        """Raise for cells that their part cannot emit."""
+        for part, columns in self._pieces(x):
+            if isinstance(part, ChecksRows):
+                part.check(columns, argument)
+
+    def measure(self, x: Tensor) -> None:
+        """Set the units of all parts, in place."""
+        for part, columns in self._pieces(x):
+            if isinstance(part, MeasuresRows):
+                part.measure(columns)
+
+    def estimate(self, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """Values of those parts that know how."""
+        found: dict[str, Tensor] = {}
+        for (part, columns), names in zip(self._pieces(x), self.names, strict=True):
+            if isinstance(part, EstimatesStates):
+                values = part.estimate(columns, weights)
+                found |= {names[site]: value for site, value in values.items()}
+        return found
+
+    def _pieces(self, x: Tensor) -> list[tuple[Emission, Tensor]]:
+        widths = [part.num_features for part in self.parts]
+        return list(zip(self.parts, x.split(widths, -1), strict=True))
+
+
+def emission_of(
+    kind: str | Emission | Sequence[str | Emission],
+    num_features: int = 1,
+    num_categories: int | None = None,
+) -> Emission:
+    """The emission of a name, or of a name for each column.
+
+    Arguments:
+        kind: ``"gaussian"``, ``"gaussian_full"``, ``"poisson"``, ``"categorical"``,
+            ``"bernoulli"``, an emission, or a list of these: names stand for one column each,
+            and neighbours of one name share an emission.
+        num_features: number of columns D, where ``kind`` is a name.
+        num_categories: number of codes of categorical columns.
+
+    Raises:
+        ValueError: for another name, or categories whose number is not given.
+        TypeError: for an object that is no :class:`Emission`.
+
+    Example:
+        >>> emission_of(["gaussian", "gaussian", "poisson"]).num_features
+        3
+    """
+    if isinstance(kind, str):
+        if kind not in _KINDS:
+            known = ", ".join(f'"{name}"' for name in _KINDS)
+            raise ValueError(f"emissions: expected one of {known} or an Emission, got {kind!r}")
+        if kind == "categorical":
+            if num_categories is None:
+                raise ValueError(
+                    "num_categories: expected the number of codes of categorical columns, got None"
+                )
+            return CategoricalEmission(num_features, num_categories)
+        if kind.startswith("gaussian"):
+            return GaussianEmission(num_features, "full" if kind.endswith("full") else "diag")
+        if kind == "poisson":
+            return PoissonEmission(num_features)
+        return BernoulliEmission(num_features)
+    if isinstance(kind, list | tuple) and kind:
+        groups: list[list[Any]] = []
+        for one in kind:
+            if groups and isinstance(one, str) and groups[-1][0] == one:
+                groups[-1][1] += 1
+            else:
+                groups.append([one, 1])
+        return ProductEmission([emission_of(one, num, num_categories) for one, num in groups])
+    if isinstance(kind, Emission):
+        return kind
+    raise TypeError(
+        "emissions: expected a name, an object with num_features, sites() and distribution(), or "
+        f"a list of these, got {kind!r}"
+    )

@@ -1,0 +1,109 @@
+"""The rows of data: some of them, a mini-batch of them, those that are kept aside.
+
+Letters: N rows, B of them in a batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from pyro.infer.autoguide import AutoGuide
+from torch import Tensor
+
+from latentlab.guides import Guide
+from latentlab.inference import predictive
+from latentlab.inference.pair import Arguments, Pair
+from latentlab.inference.sandbox import stream
+
+__all__ = ["BatchRows", "chosen", "follows_rows", "num_rows", "split", "take"]
+
+
+def num_rows(data: Arguments) -> int | None:
+    """The number of rows that all tensors of the data share; ``None`` where they have none."""
+    tensors = data.tensors()
+    if not tensors or any(not t.dim() or len(t) != len(tensors[0]) for t in tensors):
+        return None
+    return len(tensors[0])
+
+
+def take(data: Arguments, rows: Tensor) -> Arguments:
+    """Those rows of all tensors, as data of their own."""
+    return data.map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+
+
+def chosen(count: int, total: int, seed: int) -> Tensor:
+    """``count`` of so many rows, in their order, by a seed; all of them where there are fewer."""
+    if count >= total:
+        return torch.arange(total)
+    generator = torch.Generator().manual_seed(stream(seed, "rows"))
+    return torch.randperm(total, generator=generator)[:count].sort().values
+
+
+class BatchRows:
+    """The rows of the mini-batch of a step: each row once in an epoch, then in another order.
+
+    Arguments:
+        total: number of rows N.
+        size: number of rows B of a batch.
+        seed: the rows of a step depend on (seed, step) alone.
+
+    Example:
+        >>> rows = BatchRows(total=10, size=5, seed=0)
+        >>> sorted([*rows(2).tolist(), *rows(3).tolist()])
+        [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    """
+
+    def __init__(self, total: int, size: int, seed: int) -> None:
+        self.total, self.size, self.seed = total, size, seed
+        self._order: tuple[int, Tensor] | None = None
+
+    def __call__(self, step: int) -> Tensor:
+        """The rows (B,) of a step.
+
+        Arguments:
+            step: its number, from 0.
+        """
+        epoch, place = divmod(step, self.total // self.size)
+        if self._order is None or self._order[0] != epoch:  # an order costs more than a step
+            generator = torch.Generator().manual_seed(stream(self.seed, "epoch", epoch))
+            self._order = epoch, torch.randperm(self.total, generator=generator)
+        return self._order[1][place * self.size : (place + 1) * self.size]
+
+
+def split(data: Arguments, share: float, seed: int) -> tuple[Arguments, Arguments]:
+    """The rows to fit to, and those that are kept aside.
+
+    Arguments:
+        data: with rows.
+        share: of the rows to be kept aside, in (0, 1).
+        seed: of the choice.
+
+    Raises:
+        ValueError: if the data have no rows, or too few to share.
+    """
+    total = num_rows(data)
+    if total is None:
+        raise ValueError("held_out: expected data whose tensors have one row for each datum")
+    count = round(share * total)
+    if count < 2 or total - count < 2:
+        raise ValueError(
+            f"held_out: expected a share that leaves at least 2 rows on either side, got {share} "
+            f"of {total} rows; leave it at 0"
+        )
+    kept = chosen(count, total, stream(seed, "held out"))
+    others = torch.ones(total, dtype=torch.bool).index_fill(0, kept, False).nonzero()[:, 0]
+    return take(data, others), take(data, kept)
+
+
+def follows_rows(pair: Pair) -> bool:
+    """Whether all latents are local to the rows, and the guide follows the rows it is given."""
+    total = num_rows(pair.data)
+    plate = predictive.datum_plate(pair)
+    if total is None or plate is None or not pair.vectorised or not pair.observed:
+        return False
+    if "size" in pair.data.kwargs or pair.summed_out:
+        return False
+    if pair.latents and isinstance(pair.guide, Guide | AutoGuide):
+        return False
+    sites = [*pair.observed, *(latent.name for latent in pair.latents)]
+    plates = [{(name, size) for name, size, _ in pair.plates[site]} for site in sites]
+    return all((plate, total) in found for found in plates)

@@ -1,0 +1,305 @@
+r"""How to climb where the pair has networks.
+
+The weights of a network have directions that change nothing, and drift along them for ever: that
+they come to rest, which decides elsewhere, cannot be asked of them. Here the objective decides.
+A stage runs Adam at a constant rate and averages the weights of its second half. The average is
+scored, with the same rows and the same noise each time, so that a gain has a small error:
+
+.. math:: g = \frac{1}{M} \sum_m (\ell_m^\text{new} - \ell_m^\text{best}), \qquad
+          \ell_m = \mathbb{E}_q \log p(x_m \mid z_m) - \beta \, \mathrm{KL}_m .
+
+Where a few stages gain nothing (less than two standard errors, or than tol squared for each
+latent of a row) the climb returns to the best average, and the rate falls; when it has fallen
+twice in vain, it has converged. With rows kept aside these are scored: the climb then ends where
+they get no better, at the average that was best for them.
+
+Letters: M rows that are scored, P particles.
+
+References:
+    | Averaging weights leads to wider optima (Izmailov et al., 2018)
+    | Early stopping, but when? (Prechelt, 1998)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from latentlab.diagnostics import Estimate
+from latentlab.guides import Draws, Guide
+from latentlab.inference import held_out as held_rows
+from latentlab.inference import objectives
+from latentlab.inference.batches import chosen, follows_rows, num_rows, take
+from latentlab.inference.pair import Arguments, Pair
+from latentlab.inference.rows import fewer, looks_by_row, on_rows, row_terms
+from latentlab.inference.sandbox import manual_seed, stream
+from latentlab.inference.stages import FitDivergedError, State, evaluate, first_bad_site
+from latentlab.inference.training import step_of
+from latentlab.protocols import Anneals, owner_of
+
+__all__ = ["NETWORK_RATE", "NetworkClimb", "has_networks", "is_judged_by_row"]
+
+NETWORK_RATE = 2e-3
+_MANY = 5_000  # parameters of a user's pair above which they are taken for weights
+_STAGE = (200, 500)  # a stage is an epoch, but at least and at most so many steps
+_PATIENCE = 3  # stages without a gain, before the rate falls
+_FALLS = 2  # times that it falls
+_FALL = 4.0
+_SCORED_ROWS, _SCORED_DRAWS = 512, 4
+_FAILURES = 3
+_AVERAGE_EVERY = 5  # steps
+
+
+def has_networks(pair: Pair) -> bool:
+    """Whether the pair learns the weights of networks, besides what its guide is made of.
+
+    These are matrices of a module that is registered with ``pyro.module``, or else more numbers
+    than anyone reads one by one.
+
+    Arguments:
+        pair: the pair, looked at.
+    """
+    own = pair.store["params"]
+    weights = any("$$$" in name and p.dim() > 1 and p.requires_grad for name, p in own.items())
+    written = not isinstance(pair.guide, Guide) and not _is_auto(pair)
+    return weights or written and sum(p.numel() for p in own.values()) > _MANY
+
+
+def is_judged_by_row(pair: Pair) -> bool:
+    """Whether each row is judged on its own: many rows, or rows that a network encodes.
+
+    Arguments:
+        pair: the pair.
+    """
+    return looks_by_row(pair) or (has_networks(pair) and follows_rows(pair))
+
+
+def _is_auto(pair: Pair) -> bool:
+    from pyro.infer.autoguide import AutoGuide
+
+    return isinstance(pair.guide, AutoGuide)
+
+
+@dataclass
+class NetworkClimb:
+    """A climb from one start, for a pair with networks; as ``Climb``, but the objective decides.
+
+    Arguments:
+        pair: the pair, entered.
+        seed: all noise comes from (seed, step).
+        num_particles: draws per step P.
+        lr: rate of the first stage, in units of the parameters.
+        tol: a gain below its square, for each latent of a row, is none.
+        max_steps: steps in all.
+        batch: step -> the data of that step.
+        tick: called after every step, for a progress bar.
+        held: rows kept aside, to be scored in the place of rows that are fitted.
+        batch_size: rows per step; ``None`` for all.
+    """
+
+    pair: Pair
+    seed: int
+    num_particles: int
+    lr: float
+    tol: float
+    max_steps: int
+    batch: Callable[[int], Arguments]
+    tick: Callable[[int, float], None]
+    held: Arguments | None = None
+    batch_size: int | None = None
+    losses: list[float] = field(default_factory=list)
+    stage_starts: list[int] = field(default_factory=list)
+    stage_elbos: list[Estimate] = field(default_factory=list)
+    stop_reason: str = ""
+    converged: bool = False
+    _judge: _Judge | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Steps taken so far."""
+        return len(self.losses)
+
+    def warm_up(self, num_steps: int, rate: float) -> tuple[Draws, Estimate]:
+        """A first stage; no draws are returned: weights of networks have no place.
+
+        Arguments:
+            num_steps: its length.
+            rate: its rate.
+        """
+        steps = max(1, min(num_steps, self._length(), self.max_steps - self.num_steps))
+        optimiser = self._adam(rate)
+        average = self._stage(optimiser, steps, rate)
+        self._score_at(average)
+        return Draws({}, torch.zeros(0)), self.stage_elbos[-1]
+
+    def until_converged(self) -> None:
+        """Stages until the objective gains nothing at three rates, or the steps run out."""
+        rate, idle, falls = self.lr, 0, 0
+        optimiser = self._adam(rate)
+        best_state = self.state()
+        best = self._score_at(best_state, recorded=bool(self.stage_elbos))
+        while True:
+            if self.num_steps >= self.max_steps:
+                self.restore(best_state)
+                gained = "still rising" if not idle else f"{idle} stages without a gain"
+                self.stop_reason = f"max_steps: {self.num_steps} steps, {gained}"
+                return
+            steps = min(self._length(), self.max_steps - self.num_steps)
+            average = self._stage(optimiser, steps, rate)
+            score = self._score_at(average)
+            gain = Estimate.from_draws((score - best).double())
+            if self._annealing() or self._is_gain(gain):
+                best, best_state, idle = score, average, 0
+                continue
+            idle += 1
+            if idle < _PATIENCE:
+                continue
+            self.restore(best_state)
+            if falls == _FALLS:
+                self.converged = True
+                self.stop_reason = self._why(gain, rate)
+                return
+            falls, idle, rate = falls + 1, 0, rate / _FALL
+            optimiser = self._adam(rate)
+
+    def state(self) -> State:
+        """A copy of everything that moves."""
+        return {k: v.detach().clone() for k, v in self.pair.parameters().items()}
+
+    def restore(self, state: State) -> None:
+        """Go back to a state, in place."""
+        with torch.no_grad():
+            for name, parameter in self.pair.parameters().items():
+                parameter.copy_(state[name])
+
+    def _stage(self, optimiser: torch.optim.Optimizer, num_steps: int, rate: float) -> State:
+        """Steps at one rate, and the average of the second half of them."""
+        named = self.pair.parameters()
+        parameters = list(named.values())
+        self.stage_starts.append(self.num_steps)
+        average = [p.detach().clone() for p in parameters]
+        good, failures, taken, k = self.state(), 0, 0, 0
+        while k < num_steps:
+            value = self._step(optimiser, failures)
+            if not math.isfinite(value):
+                failures += 1
+                if failures > _FAILURES:
+                    manual_seed(stream(self.seed, "step", self.num_steps, _FAILURES))
+                    data = self.batch(self.num_steps)
+                    where = first_bad_site(self.pair, self.num_particles, data)
+                    raise FitDivergedError(self.num_steps, *where)
+                self.restore(good)
+                optimiser.state.clear()
+                for group in optimiser.param_groups:
+                    group["lr"] = group["lr"] / 2
+                continue
+            self.losses.append(-value)
+            self.tick(self.num_steps, -value)
+            k += 1
+            if 2 * k > num_steps and (num_steps - k) % _AVERAGE_EVERY == 0:
+                taken += 1
+                with torch.no_grad():
+                    torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 / taken)
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        return dict(zip(named, average, strict=True))
+
+    def _adam(self, rate: float) -> torch.optim.Optimizer:
+        return torch.optim.Adam([*self.pair.parameters().values()], lr=rate, fused=True)
+
+    def _step(self, optimiser: torch.optim.Optimizer, attempt: int) -> float:
+        step = self.num_steps
+        manual_seed(stream(self.seed, "step", step, attempt))
+        return step_of(self.pair, self.num_particles, self.batch(step), step, optimiser)
+
+    def _length(self) -> int:
+        total = num_rows(self.pair.data) or 1
+        epoch = math.ceil(total / self.batch_size) if self.batch_size else 1
+        return max(_STAGE[0], min(_STAGE[1], epoch))
+
+    def _score_at(self, state: State, recorded: bool = False) -> Tensor:
+        """The objective at a state, for each row or draw (M,), in nats per datum."""
+        now = self.state()
+        self.restore(state)
+        if self._judge is None:
+            self._judge = _Judge.of(self.pair, self.held, self.seed)
+        manual_seed(stream(self.seed, "score"))
+        # By the weight that the KL will have: scores of different weights do not compare.
+        score, elbo = self._judge(self.num_steps + self.max_steps)
+        if not recorded:
+            self.stage_elbos.append(elbo)
+        self.restore(now)
+        return score
+
+    def _is_gain(self, gain: Estimate) -> bool:
+        if not math.isfinite(gain.value):
+            return False
+        total = num_rows(self.pair.data) or 1
+        num_latents = sum(math.prod(z.shape) for z in self.pair.latents)
+        least = self.tol**2 * max(1.0, num_latents / total)
+        return gain.value > max(2 * gain.se, least)
+
+    def _annealing(self) -> bool:
+        """Whether the weight of the KL still moves."""
+        owner = owner_of(self.pair.model)
+        if not isinstance(owner, Anneals):
+            return False
+        return owner.kl_weight(self.num_steps) != owner.kl_weight(self.num_steps + self.max_steps)
+
+    def _why(self, gain: Estimate, rate: float) -> str:
+        what = "rows kept aside" if self.held is not None else "the objective"
+        return (
+            f"{what} gained nothing more at three rates: {gain} nats per datum in the last "
+            f"{_PATIENCE} stages (rate {rate:.2g})"
+        )
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """Scores a pair, always with the same rows."""
+
+    pair: Pair
+    held: Arguments | None
+    by_row: bool
+    total: int
+
+    @classmethod
+    def of(cls, pair: Pair, held: Arguments | None, seed: int) -> _Judge:
+        """The judge of a pair: at rows kept aside, else at some of those that are fitted."""
+        total = num_rows(pair.data) or 1
+        by_row = follows_rows(pair)
+        if held is not None:
+            some = chosen(4 * _SCORED_ROWS, num_rows(held) or 1, seed)
+            held = take(held, some)
+        if by_row:
+            pair = fewer(pair, _SCORED_ROWS, seed) if held is None else on_rows(pair, held)
+        return cls(pair, held, by_row, total)
+
+    def __call__(self, step: int) -> tuple[Tensor, Estimate]:
+        """The score of each row or draw (M,) per datum, and the ELBO per data set."""
+        with torch.no_grad():
+            if self.by_row:
+                return self._by_row(step)
+            if self.held is not None:
+                score = held_rows.log_density_of_rows(self.pair, self.held)
+                draws = objectives.draw(self.pair, 1 if self.pair.is_point() else 16)
+                return score, evaluate(self.pair, draws)
+            draws = objectives.draw(self.pair, 1 if self.pair.is_point() else 64)
+            weights = objectives.log_joint(self.pair, draws) - draws.log_q
+            se = Estimate.from_draws(weights) if len(weights) > 1 else None
+            return weights / self.total, se or Estimate(float(weights[0]), 0.0)
+
+    def _by_row(self, step: int) -> tuple[Tensor, Estimate]:
+        terms = row_terms(self.pair, _SCORED_DRAWS if self.pair.latents else 1)
+        log_lik, kl = terms.log_lik.mean(0), terms.kl.mean(0)
+        elbo = Estimate.from_draws((log_lik - kl).double())
+        elbo = Estimate(self.total * elbo.value, self.total * elbo.se)
+        owner = owner_of(self.pair.model)
+        if not isinstance(owner, Anneals):
+            return log_lik - kl, elbo
+        free = float(owner.free_bits) * sum(math.prod(z.event_shape) for z in self.pair.latents)
+        return log_lik - owner.kl_weight(step) * kl.clamp_min(free), elbo

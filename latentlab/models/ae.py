@@ -1,0 +1,249 @@
+r"""Autoencoders: a code for each row, and rows back from codes, without probabilities between.
+
+.. math::
+    z_n = e(x_n), \qquad x_n \sim p(x \mid d(z_n)), \qquad
+    \max_{e, d} \; \sum_n \log p(x_n \mid d(e(x_n)))
+
+With a normal p of one :math:`\sigma` for all cells this is the least mean squared error, with a
+Bernoulli p the least cross-entropy. There is no prior of codes: a code says what a row is, and
+nothing says which codes there are. To draw new rows, fit a mixture to the codes, see
+:func:`latentlab.fit_codes`.
+
+Letters: N rows, D features, L latent dimensions.
+
+Reference:
+    | Reducing the dimensionality of data with neural networks (Hinton and Salakhutdinov, 2006)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from latentlab.data.checks import as_count, as_rows, warn_constant
+from latentlab.data.table import Table
+from latentlab.distributions import Bernoulli, Gaussian, Likelihood
+from latentlab.distributions.cells import may_miss
+from latentlab.models import vae_nets as nets
+from latentlab.models.vae_parts import read
+from latentlab.plates import rows
+
+__all__ = ["Autoencoder"]
+
+_LOSSES: dict[str, type[Gaussian] | type[Bernoulli]] = {"mse": Gaussian, "bce": Bernoulli}
+_CHUNK = 2**23  # numbers of (B, D) held at a time
+_PLOTTED = 2_000
+
+
+class Autoencoder(nn.Module):
+    r"""An autoencoder as a model without latents; it needs no guide.
+
+    Site: the observed ``x``, (N, D) or (N, C, H, W). Cells that are NaN are missing: they are left
+    out of the loss, and the encoder reads zero, the column's mean, in their place.
+
+    Arguments:
+        encoder: a network as :mod:`latentlab.nn` describes it, the same as for a
+            :class:`latentlab.VariationalAutoencoder`; of its two halves the first is the code.
+        decoder: likewise.
+        loss: ``"mse"``, or ``"bce"`` for cells in [0, 1].
+        latent_dim: L.
+        num_features: D of a table, or (C, H, W) of images, where a network is to be built.
+        hidden_dims: widths of the layers that are built, the decoder's in reverse.
+        held_out: share of the rows that a fit keeps aside to know when to stop; 0 for none.
+
+    Raises:
+        ValueError: if a network is neither given nor to be built, or an argument is out of range.
+
+    Example:
+        >>> import latentlab as ll
+        >>> x = ll.data.simulate.eruptions(num_rows=100).x
+        >>> ae = ll.Autoencoder(num_features=2, latent_dim=1, hidden_dims=(8,)).scale_to(x)
+        >>> ae.encode(x).shape, ae.reconstruct(x).shape
+        (torch.Size([100, 1]), torch.Size([100, 2]))
+    """
+
+    tolerates_missing = True
+
+    def __init__(
+        self,
+        encoder: nn.Module | None = None,
+        decoder: nn.Module | None = None,
+        loss: Literal["mse", "bce"] = "mse",
+        latent_dim: int = 2,
+        *,
+        num_features: int | Sequence[int] | None = None,
+        hidden_dims: Sequence[int] = (256,),
+        held_out: float = 0.1,
+    ) -> None:
+        super().__init__()
+        L = self.latent_dim = as_count(latent_dim, "latent_dim")
+        if loss not in _LOSSES:
+            raise ValueError(f'loss: expected "mse" or "bce", got {loss!r}')
+        number = isinstance(held_out, int | float) and not isinstance(held_out, bool)
+        if not number or not 0 <= held_out < 1:
+            raise ValueError(
+                f"held_out: expected a share in [0, 1), such as 0.1, got {held_out!r}"
+            )
+        self.loss, self.held_out = loss, float(held_out)
+        # A mean squared error weighs all cells alike: one unit for all of them.
+        self.likelihood: Likelihood = Gaussian(units="table") if loss == "mse" else Bernoulli()
+        self._recipe = None if encoder or decoder else {"hidden_dims": list(hidden_dims)}
+        plan = nets.Plan(self.likelihood, L, num_features, tuple(hidden_dims), missing=False)
+        built = nets.complete(plan, encoder, decoder, num_context=0)
+        self.encoder, self.decoder, self.event_shape = built[:3]
+
+    @property
+    def dims(self) -> Mapping[str, Sequence[str]]:
+        """Names of the axes of the sites."""
+        cell = ("feature",) if len(self.event_shape) == 1 else ("channel", "height", "width")
+        return {"x": ("row", *cell)}
+
+    def forward(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
+        """The model: all rows (``x``), or a mini-batch (``x``, ``size``)."""
+        if x is None:
+            raise ValueError(
+                "x: expected rows, got none; an autoencoder has no distribution of codes to draw "
+                "from: latentlab.fit_codes(posterior) fits one, or take a VariationalAutoencoder"
+            )
+        if tuple(x.shape[1:]) != self.event_shape:
+            raise self._other_shape(x)
+        pyro.module("ae.encoder", self.encoder)
+        pyro.module("ae.decoder", self.decoder)
+        pyro.module("ae.likelihood", self.likelihood)
+        with rows(x, size):
+            row = self.likelihood.distribution(self._params(self._codes(x)))
+            return pyro.sample("x", row, obs=x)
+
+    def scale_to(self, x: Tensor | Table, size: int | None = None) -> Autoencoder:
+        """Check that the loss fits the data, and take its units from them, in place.
+
+        Arguments:
+            x: rows, shape (N, D) or (N, C, H, W), NaN where a cell is missing.
+            size: unused; as for the model.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: if x has another shape, or values outside of [0, 1] with ``loss="bce"``.
+        """
+        cells = self._rows(x, min_rows=2)
+        # A constant column does no harm: all cells have one unit. Rows that are all equal do.
+        if len(self.event_shape) == 1 and bool((cells == cells[:1]).all()):
+            warn_constant(as_rows(cells))
+        with torch.no_grad():
+            self.likelihood.measure(cells)
+        return self
+
+    # ---- what a fitted one answers -------------------------------------------------------------
+
+    def encode(self, x: Tensor | Table) -> Tensor:
+        """The code of each row, shape (N, L).
+
+        Arguments:
+            x: rows, shape (N, D) or (N, C, H, W), NaN where a cell is missing.
+        """
+        cells = self._rows(x, min_rows=1)
+        step = max(1, _CHUNK // math.prod(self.event_shape))
+        with torch.no_grad():
+            return torch.cat([self._codes(part) for part in cells.split(step)])
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Rows from codes, shape (..., D) or (..., C, H, W), in the units of the data.
+
+        Arguments:
+            z: codes, shape (..., L).
+        """
+        with torch.no_grad():
+            return self.likelihood.mean(self._params(z))
+
+    def reconstruct(self, x: Tensor | Table) -> Tensor:
+        """Rows decoded from their codes, missing cells included.
+
+        Arguments:
+            x: rows, shape (N, D) or (N, C, H, W), NaN where a cell is missing.
+        """
+        return self.decode(self.encode(x))
+
+    def error(self, x: Tensor | Table) -> Tensor:
+        """The loss of each row: squared error, or cross-entropy in nats, over its cells, (N,).
+
+        Arguments:
+            x: rows, shape (N, D) or (N, C, H, W), NaN where a cell is missing.
+        """
+        cells = self._rows(x, min_rows=1)
+        with torch.no_grad():
+            if self.loss == "bce":
+                row = self.likelihood.distribution(self._params(self.encode(x)))
+                return -row.log_prob(cells)
+            return (self.reconstruct(x) - cells).square().nan_to_num(0.0).flatten(1).sum(-1)
+
+    # ---- what it lends the engine --------------------------------------------------------------
+
+    def label_rows(self, draws: Mapping[str, Tensor], x: Tensor | Table) -> dict[str, Tensor]:
+        """Columns for a table of rows: the code, and the error of the reconstruction."""
+        codes = self.encode(x)
+        columns = {f"z_{j}": codes[:, j] for j in range(self.latent_dim)}
+        return columns | {"error": self.error(x)}
+
+    def plot_fit(self, draws: Mapping[str, Tensor], names: Sequence[str], x: Tensor) -> Any:  # noqa: ANN401
+        """Images with their reconstructions, or a map of the codes; returns matplotlib axes."""
+        from latentlab.report.images import plot_latents, plot_reconstructions
+
+        some = x[:: -(-len(x) // _PLOTTED)]
+        if len(self.event_shape) == 3:
+            some = some[:: -(-len(some) // 10)]
+            back = self.reconstruct(some).numpy(force=True)
+            return plot_reconstructions(some.numpy(force=True), back)
+        codes = self.encode(some)
+        return plot_latents(codes.numpy(force=True), torch.ones_like(codes).numpy(force=True))
+
+    def spec(self) -> dict[str, Any]:
+        """What builds this model again, where its networks are ours."""
+        if self._recipe is None:
+            return {"class": "an Autoencoder with networks of your own", "arguments": {}}
+        shape = self.event_shape
+        arguments = {
+            "loss": self.loss,
+            "latent_dim": self.latent_dim,
+            "num_features": shape[0] if len(shape) == 1 else list(shape),
+            "held_out": self.held_out,
+        }
+        return {"class": "Autoencoder", "arguments": arguments | self._recipe}
+
+    # ---- inside --------------------------------------------------------------------------------
+
+    def _codes(self, x: Tensor) -> Tensor:
+        cells = self.likelihood.inputs(x).to(nets.dtype_of(self.encoder))
+        if may_miss(cells):
+            cells = torch.where(cells.isnan(), 0.0, cells)
+        return read(self.encoder(cells), self.latent_dim).loc
+
+    def _params(self, z: Tensor) -> Tensor:
+        """The decoder's numbers for codes (..., L), in a batch such as it is written for."""
+        flat = self.decoder(z.reshape(-1, self.latent_dim).to(nets.dtype_of(self.decoder)))
+        return flat.reshape(*z.shape[:-1], *flat.shape[1:])
+
+    def _rows(self, x: Tensor | Table, min_rows: int) -> Tensor:
+        if len(self.event_shape) == 1:
+            cells = as_rows(x, min_rows=min_rows, allow_missing=True).x
+        else:
+            cells = torch.as_tensor(x.x if isinstance(x, Table) else x).detach()
+            cells = cells if cells.is_floating_point() else cells.to(torch.get_default_dtype())
+        if tuple(cells.shape[1:]) != self.event_shape:
+            raise self._other_shape(cells)
+        if len(cells) < min_rows:
+            raise ValueError(f"x: expected at least {min_rows} rows, got {len(cells)}")
+        self.likelihood.check(cells)
+        return cells
+
+    def _other_shape(self, x: Tensor) -> ValueError:
+        sizes = ", ".join(map(str, self.event_shape))
+        return ValueError(
+            f"x: expected shape (N, {sizes}) to match the decoder, got {tuple(x.shape)}"
+        )
