@@ -352,9 +352,7 @@ def _prepared(model: Callable, data: Any, guide: Any) -> Pair:  # noqa: ANN401
 
 
 def _fitted(model: Callable, data: Any, guide: Any, seed: int = 0) -> Posterior:  # noqa: ANN401
-    return fit(
-        model, data, guide, num_restarts=1, max_steps=_STEPS, seed=seed, progress=False
-    )
+    return fit(model, data, guide, num_restarts=1, max_steps=_STEPS, seed=seed, progress=False)
 
 
 def _without_observations(pair: Pair) -> Arguments | None:

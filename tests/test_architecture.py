@@ -43,7 +43,8 @@ def imports(tree):
         id(node)
         for function in ast.walk(tree)
         if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
-        or isinstance(function, ast.If) and "TYPE_CHECKING" in ast.unparse(function.test)
+        or isinstance(function, ast.If)
+        and "TYPE_CHECKING" in ast.unparse(function.test)
         for node in ast.walk(function)
     }
     for node in ast.walk(tree):

@@ -213,8 +213,18 @@ def test_row_8_counts_of_draws_are_whole_and_positive(posterior, method, count):
         {"x": X},
         X.clone().requires_grad_(),
     ],
-    ids=["array", "list", "row 14 objects", "view", "pandas", "polars", "table", "tuple", "dict",
-         "row 18 gradient"],
+    ids=[
+        "array",
+        "list",
+        "row 14 objects",
+        "view",
+        "pandas",
+        "polars",
+        "table",
+        "tuple",
+        "dict",
+        "row 18 gradient",
+    ],
 )
 def test_rows_14_18_and_21_all_forms_of_the_data_give_the_same_fit(form):
     one, other = fit(X, max_steps=20), fit(form, max_steps=20)

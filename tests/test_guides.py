@@ -57,9 +57,7 @@ def generator(seed=0):
 
 def latent(name, support, batch_shape=(), site="z"):
     constraint, event_shape = (SUPPORTS | MATRICES)[support]
-    plates = tuple(
-        (f"plate_{-dim}", batch_shape[dim], dim) for dim in range(-len(batch_shape), 0)
-    )
+    plates = tuple((f"plate_{-dim}", batch_shape[dim], dim) for dim in range(-len(batch_shape), 0))
     return Latent(name, batch_shape, event_shape, constraint, plates)
 
 

@@ -9,8 +9,19 @@ import pytest
 import latentlab
 
 OPTIONAL = {
-    "arviz", "blackjax", "jax", "matplotlib", "numpyro", "pandas", "polars", "pyarrow", "rich",
-    "safetensors", "sklearn", "typer", "zuko",
+    "arviz",
+    "blackjax",
+    "jax",
+    "matplotlib",
+    "numpyro",
+    "pandas",
+    "polars",
+    "pyarrow",
+    "rich",
+    "safetensors",
+    "sklearn",
+    "typer",
+    "zuko",
 }
 
 

@@ -120,8 +120,10 @@ def test_batches_are_summed_like_events():
     assert kl(Independent(p, 1), Independent(Normal(torch.ones(3, 2), 1.0), 1)).value == (
         pytest.approx(6 * 0.5)
     )
-    assert kl(dist.Normal(0.0, 1.0).expand([4]).to_event(1),
-              dist.Normal(1.0, 1.0).expand([4]).to_event(1)).value == pytest.approx(2)
+    assert kl(
+        dist.Normal(0.0, 1.0).expand([4]).to_event(1),
+        dist.Normal(1.0, 1.0).expand([4]).to_event(1),
+    ).value == pytest.approx(2)
 
 
 def test_multivariate_normal_by_hand():

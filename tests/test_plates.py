@@ -98,7 +98,10 @@ def test_two_kinds_of_rows_have_names_of_their_own():
 
     trace = poutine.trace(two).get_trace(numbers(4), numbers(6))
     assert {n for n in trace.nodes if trace.nodes[n]["type"] == "sample"} == {
-        "people", "x", "visits", "y",
+        "people",
+        "x",
+        "visits",
+        "y",
     }
 
 

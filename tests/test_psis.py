@@ -271,14 +271,20 @@ def test_faults_are_named(log_weights, message):
 
 def test_each_column_is_a_psis_of_its_own():
     r = rng_of(0)
-    columns = np.stack([
-        *(weights_of(kind, r, 500) for kind in ("normal", "pareto", "heavy", "bounded", "huge")),
-        np.round(r.normal(size=500)),
-        np.where(r.uniform(size=500) < 0.5, 0.0, -np.inf),
-        np.where(np.arange(500) < 2, 0.0, -np.inf),
-        np.full(500, -1130.0),
-        1e4 * r.normal(size=500),
-    ], axis=1)
+    columns = np.stack(
+        [
+            *(
+                weights_of(kind, r, 500)
+                for kind in ("normal", "pareto", "heavy", "bounded", "huge")
+            ),
+            np.round(r.normal(size=500)),
+            np.where(r.uniform(size=500) < 0.5, 0.0, -np.inf),
+            np.where(np.arange(500) < 2, 0.0, -np.inf),
+            np.full(500, -1130.0),
+            1e4 * r.normal(size=500),
+        ],
+        axis=1,
+    )
     table = khat_per_column(columns)
     alone = [psis(column) for column in columns.T]
     np.testing.assert_allclose(table.khat, [result.khat for result in alone], rtol=1e-12)
@@ -300,8 +306,11 @@ def test_many_columns_are_fitted_in_parts():
         ([0.1, 0.31, -math.inf], "all 3 below 0.7 (worst 0.31 ± 0.09 at row 1)"),
         ([0.1, 0.9], "row 1 of 2 is > 0.7 (0.90 ± 0.09)"),
         ([0.9, 0.1, math.inf], "rows 0, 2 of 3 are > 0.7 (worst inf at row 2)"),
-        ([0.8] * 12, "rows 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more of 12 are > 0.7 "
-                     "(worst 0.80 ± 0.09 at row 0)"),
+        (
+            [0.8] * 12,
+            "rows 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more of 12 are > 0.7 "
+            "(worst 0.80 ± 0.09 at row 0)",
+        ),
     ],
 )
 def test_table_names_its_rows(khat, text):

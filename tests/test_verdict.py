@@ -148,7 +148,7 @@ def halve_sd(guide):
 
 def remove_component(guide):
     """Both components at the place of the first."""
-    latent = {z.name: part for z, part in zip(guide.latents, guide.layout.slices, strict=True)}
+    latent = {site.latent.name: site.part for site in guide.layout.sites}
     for site in ("locs", "scales"):
         D = guide.offset[latent[site]].numel() // 2
         guide.offset[latent[site]] = guide.free_mean()[latent[site]][:D].repeat(2)

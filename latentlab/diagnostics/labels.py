@@ -101,7 +101,7 @@ def align(
         if centre.shape[1:] != x.shape[1:]:
             raise ValueError(
                 "reference: expected the shapes of one draw, "
-                f"got {({site: tuple(value.shape[1:]) for site, value in one.items()})}"
+                f"got { ({site: tuple(value.shape[1:]) for site, value in one.items()}) }"
             )
         permutations = _iterate(x, centre[0], fixed=True)
 

@@ -274,7 +274,7 @@ class NormalMixture(TorchDistribution):
             return self._scales[..., min(k, self._scales.shape[-2] - 1), :] * noise
         tril = self.scale_trils[..., min(k, self.scale_trils.shape[-3] - 1), :, :].to(noise.dtype)
         if tril.dim() == 2:
-                return noise @ tril.mT
+            return noise @ tril.mT
         if noise.dim() > 1 and tril.shape[-3] == 1:
             return noise @ tril.squeeze(-3).mT
         return (tril @ noise.unsqueeze(-1)).squeeze(-1)

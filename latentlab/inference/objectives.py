@@ -167,9 +167,7 @@ def log_weights(pair: Pair, num_particles: int) -> Tensor:
     return log_joint(pair, draws) - draws.log_q
 
 
-def site_log_probs(
-    pair: Pair, draws: Draws, data: Arguments | None = None
-) -> dict[str, Tensor]:
+def site_log_probs(pair: Pair, draws: Draws, data: Arguments | None = None) -> dict[str, Tensor]:
     """Log-density of each site of the model, with its batch: (P or 1, ..., batch).
 
     A discrete latent that is summed out is summed out within its plate; its log-density and those
@@ -207,9 +205,7 @@ def _site_log_probs(
     }
 
 
-def _one_by_one(
-    pair: Pair, function: Callable, draws: Draws, data: Arguments
-) -> Iterator[Record]:
+def _one_by_one(pair: Pair, function: Callable, draws: Draws, data: Arguments) -> Iterator[Record]:
     """A run for each particle, with its values in the shapes of one run."""
     for p in range(len(draws)):
         values = {
@@ -219,9 +215,7 @@ def _one_by_one(
         yield _run(pair, function, {**values, **draws.indices}, data)
 
 
-def _run(
-    pair: Pair, function: Callable, values: Mapping[str, Tensor], data: Arguments
-) -> Record:
+def _run(pair: Pair, function: Callable, values: Mapping[str, Tensor], data: Arguments) -> Record:
     """A run of the model or the guide with given values, discrete latents enumerated."""
     if function is not pair.model or not pair.summed_out:
         with Record(values) as record:

@@ -100,9 +100,7 @@ class Table:
     def __str__(self) -> str:
         cells = [self.columns, *self.rows]
         widths = [max(len(row[i]) for row in cells) for i in range(len(self.columns))]
-        first, *others = [
-            "| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells
-        ]
+        first, *others = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
         rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
         notes = [f"- {note}" for note in self.notes]
         return "\n".join([f"# {self.title}", "", *notes, "", first, rule, *others, ""])

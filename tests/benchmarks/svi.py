@@ -130,11 +130,13 @@ def run():
     rows = []
     try:
         for name, (model, data, enumerates) in cases().items():
-            found = take_turns({
-                "ours": our_steps(model, data),
-                "Pyro": pyro_steps(model, data, enumerates, validates=True),
-                "unchecked": pyro_steps(model, data, enumerates, validates=False),
-            })
+            found = take_turns(
+                {
+                    "ours": our_steps(model, data),
+                    "Pyro": pyro_steps(model, data, enumerates, validates=True),
+                    "unchecked": pyro_steps(model, data, enumerates, validates=False),
+                }
+            )
             times = [f"{1e6 * found[key].median:.0f}" for key in ("ours", "Pyro", "unchecked")]
             ratios = [found[key].times(found["ours"]) for key in ("Pyro", "unchecked")]
             asked = f">= {ASKED[name]}" if name in ASKED else ""
