@@ -515,7 +515,7 @@ def test_what_is_not_there_is_named(data, folder, tmp_path):
     refused(run("fit", "gmm", tmp_path / "no.csv", *fit), "no.csv", "no such file")
     refused(run("fit", "gmm", tmp_path, *fit), "folder")
     refused(run("fit", "gmm", data, "--components", 2), "--out")
-    refused(run("fit", "hmm", data), "hmm")
+    refused(run("fit", "lda", data), "lda")
     refused(run("fit"), "command")
     refused(run("check", tmp_path / "no"), "no such file")
     refused(run("check", tmp_path), "model.safetensors")

@@ -356,3 +356,16 @@ def test_plot_of_a_table_shows_every_column():
     assert np.isfinite(heights).all()
     assert sorted(text.get_text() for text in ax.texts) == ["2", "3"]
     ax.figure.canvas.draw()
+
+
+def test_weights_within_the_tolerance_count_as_constant():
+    log_weights = 0.002 * torch.randn(1000, generator=torch.Generator().manual_seed(0)).double()
+    log_weights[0] = 0.012  # one far out: a tail, of no consequence
+    assert not psis(log_weights).exact
+    assert not psis(log_weights, tolerance=0.01).exact
+    found = psis(log_weights, tolerance=0.03)
+    assert found.exact
+    assert str(found) == "k-hat exact: all weights are equal within 0.02"
+    torch.testing.assert_close(found.log_weights.diff(), log_weights.diff())
+    table = khat_per_column(torch.stack([log_weights, 100 * log_weights], -1), tolerance=0.03)
+    assert table.khat[0] == -math.inf and table.khat[1].isfinite()

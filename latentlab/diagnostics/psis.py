@@ -42,6 +42,7 @@ _FEWEST_DRAWS = 25
 _FEWEST_IN_TAIL = 5
 _ZERO = math.log(np.finfo(float).tiny)  # log weights, relative to the largest, that count as 0
 _EPS = np.finfo(float).eps
+_ROUNDING = 1e-6  # relative spread of weights that is not worth a figure
 _BATCH = 2**22  # numbers in memory at once
 _SHOWN = 10  # rows by number
 
@@ -70,7 +71,7 @@ class Psis:
 
     @property
     def exact(self) -> bool:
-        """True where the weights are constant up to rounding: the guide is the target."""
+        """True where the weights are constant, within the tolerance: the guide is the target."""
         return self.khat == -math.inf
 
     @property
@@ -107,14 +108,15 @@ class Psis:
         return ax
 
     def __str__(self) -> str:
+        if self.exact:
+            spread = math.expm1(float(self.log_weights.max() - self.log_weights.min()))
+            within = f"within {spread:.1g}" if spread > _ROUNDING else "up to rounding"
+            return f"k-hat exact: all weights are equal {within}"
         readings = {
-            "exact": "all weights are equal up to rounding",
             "good": f"below {_GOOD}",
             "ok": f"between {_GOOD} and {_BAD}",
             "bad": f"above {_BAD}",
         }
-        if self.exact:
-            return f"k-hat exact: {readings['exact']}"
         value = str(Estimate(self.khat, self.se)) if math.isfinite(self.khat) else str(self.khat)
         return f"k-hat {value} ({self.level}: {readings[self.level]})"
 
@@ -178,7 +180,9 @@ class KhatTable:
     __repr__ = __str__
 
 
-def psis(log_weights: ArrayLike | Tensor, tail_size: int | None = None) -> Psis:
+def psis(
+    log_weights: ArrayLike | Tensor, tail_size: int | None = None, tolerance: float = 0.0
+) -> Psis:
     r"""Smooth importance weights, and say how far they can be trusted.
 
     How to read k-hat:
@@ -186,7 +190,7 @@ def psis(log_weights: ArrayLike | Tensor, tail_size: int | None = None) -> Psis:
     ========  =====================================================================================
     k-hat     reading
     ========  =====================================================================================
-    exact     the weights are constant up to rounding: the guide is the target
+    exact     the weights are constant: the guide is the target
     to 0.5    good: use the draws as they are, or weighted
     to 0.7    ok: use the *weighted* draws; of the plain ones mistrust variances and quantiles
     above     bad: the guide misses parts of the target, and weights cannot repair it. Try a richer
@@ -206,6 +210,8 @@ def psis(log_weights: ArrayLike | Tensor, tail_size: int | None = None) -> Psis:
             computed: they count as constant if they differ by less than 16 eps of the largest,
             or 16 sqrt(eps) (2e-7 in float64, 0.006 in float32), where eps is that of the dtype.
         tail_size: number M of largest weights, 5 to S - 1; by default min(S / 5, 3 sqrt(S)).
+        tolerance: spread of the log weights, in nats, up to which they count as constant. Weights
+            that hardly differ have a tail all the same, whose shape is of no consequence.
 
     Returns:
         The smoothed weights, of the dtype and on the device of ``log_weights``, and k-hat.
@@ -229,7 +235,7 @@ def psis(log_weights: ArrayLike | Tensor, tail_size: int | None = None) -> Psis:
     S, x = len(values), values - values.max()
     order = np.argsort(x)
     khat, se, size = -math.inf, 0.0, 0
-    if not _constant(values, eps):
+    if not _constant(values, eps, tolerance):
         fit = _fit_tails(x[order][None], tail_size)
         khat, se, size = float(fit.khat[0]), float(fit.se[0]), int(fit.size[0])
         if math.isfinite(fit.scale[0]):
@@ -242,7 +248,7 @@ def psis(log_weights: ArrayLike | Tensor, tail_size: int | None = None) -> Psis:
     return Psis(khat, se, smoothed, size)
 
 
-def khat_per_column(log_weights: ArrayLike | Tensor) -> KhatTable:
+def khat_per_column(log_weights: ArrayLike | Tensor, tolerance: float = 0.0) -> KhatTable:
     """k-hat of each column on its own, such as of each datum's latents.
 
     A thousand latents, each ten percent too narrow, are each fine, and hopeless in one k-hat.
@@ -255,6 +261,7 @@ def khat_per_column(log_weights: ArrayLike | Tensor) -> KhatTable:
 
     Arguments:
         log_weights: in nats, shape (S, N), S at least 25: a column a datum.
+        tolerance: as for :func:`psis`.
 
     Returns:
         k-hat and standard error of each column.
@@ -268,7 +275,7 @@ def khat_per_column(log_weights: ArrayLike | Tensor) -> KhatTable:
         row 2 of 3 is > 0.7 (2.0 ± 0.3)
     """
     values, eps = _checked(log_weights, num_axes=2)
-    constant = _constant(values, eps)
+    constant = _constant(values, eps, tolerance)
     khat, se = np.full(len(constant), -np.inf), np.zeros(len(constant))
     fit = _fit_tails(np.sort((values - values.max(0))[:, ~constant].T, axis=1))
     khat[~constant], se[~constant] = fit.khat, fit.se
@@ -348,14 +355,15 @@ def _fit_pareto(excess: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return (M * k + 5) / (M + 10), -k / b
 
 
-def _constant(values: np.ndarray, eps: float) -> np.ndarray:
-    """Whether all that differs along the first axis is rounding.
+def _constant(values: np.ndarray, eps: float, tolerance: float) -> np.ndarray:
+    """Whether all that differs along the first axis is rounding, or within the tolerance.
 
     The sums behind a log weight are rounded to some eps of their size, which is its own unless
     they cancel; they may, and lose half of their digits.
     """
     size = np.abs(values, where=np.isfinite(values), out=np.zeros_like(values)).max(0)
-    return values.max(0) - values.min(0) <= 16 * eps * np.maximum(size, eps**-0.5)
+    rounding = 16 * eps * np.maximum(size, eps**-0.5)
+    return values.max(0) - values.min(0) <= np.maximum(rounding, tolerance)
 
 
 def _checked(log_weights: ArrayLike | Tensor, num_axes: int) -> tuple[np.ndarray, float]:

@@ -50,6 +50,7 @@ _DRAWS = 10_000
 _FEWEST_DRAWS = 1_000
 _ELEMENTS = 2**31  # numbers through the model for one k-hat
 _DEEP = 80  # weights in a tail of which half still makes a tail
+_EQUAL = 0.01  # nats by which weights may differ and count as equal
 _RELIABLE = 0.7  # k-hat up to which weights are believed
 _KEPT = 2**25  # numbers of draws in memory
 _OUTER, _INNER = 1_000, 64
@@ -230,7 +231,7 @@ def tail_khat(log_weights: Tensor) -> Psis:
     Arguments:
         log_weights: shape (S,).
     """
-    found = psis(log_weights)
+    found = psis(log_weights, tolerance=_EQUAL)
     if found.khat > _RELIABLE and found.tail_size >= _DEEP:
         deep = psis(log_weights, found.tail_size // 2)
         if found.khat - deep.khat > 3 * math.hypot(found.se, deep.se):
@@ -249,7 +250,7 @@ def _local_blocks(posterior: Posterior, seed: int | None) -> tuple[Block, ...]:
         # One draw of the global latents, many of the local ones: each datum's own k-hat.
         values, log_q = _nested(posterior, 1, _OUTER)
         local = _by_datum(posterior, values, log_q, plate)[1]
-        blocks = [Block(f"each datum's latents ({plate})", khat_per_column(local))]
+        blocks = [Block(f"each datum's latents ({plate})", khat_per_column(local, _EQUAL))]
         if has_global:
             for start in range(0, _OUTER, chunk):
                 outer = min(chunk, _OUTER - start)
@@ -257,7 +258,7 @@ def _local_blocks(posterior: Posterior, seed: int | None) -> tuple[Block, ...]:
                 rest, per_datum = _by_datum(posterior, values, log_q, plate)
                 inner_means = per_datum.reshape(outer, _INNER, -1).logsumexp(1) - math.log(_INNER)
                 outer_weights.append(rest.reshape(outer, _INNER)[:, 0] + inner_means.sum(-1))
-            blocks.insert(0, Block("global latents", psis(torch.cat(outer_weights))))
+            blocks.insert(0, Block("global latents", psis(torch.cat(outer_weights), tolerance=_EQUAL)))
     return tuple(blocks)
 
 
