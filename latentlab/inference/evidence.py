@@ -258,7 +258,9 @@ def _local_blocks(posterior: Posterior, seed: int | None) -> tuple[Block, ...]:
                 rest, per_datum = _by_datum(posterior, values, log_q, plate)
                 inner_means = per_datum.reshape(outer, _INNER, -1).logsumexp(1) - math.log(_INNER)
                 outer_weights.append(rest.reshape(outer, _INNER)[:, 0] + inner_means.sum(-1))
-            blocks.insert(0, Block("global latents", psis(torch.cat(outer_weights), tolerance=_EQUAL)))
+            blocks.insert(
+                0, Block("global latents", psis(torch.cat(outer_weights), tolerance=_EQUAL))
+            )
     return tuple(blocks)
 
 
