@@ -10,7 +10,7 @@ import torch
 
 import latentlab as ll
 from latentlab.diagnostics import Estimate
-from latentlab.inference import engine, stages
+from latentlab.inference import check, engine, objectives, stages
 from latentlab.inference.restarts import Place, Restarts, distances
 
 QUICK = {"num_restarts": 1, "max_steps": 800, "progress": False}
@@ -52,6 +52,33 @@ def test_the_posterior_of_a_normal_mean_is_exact(guide, seed):
     assert float(guide.free_mean().detach()) == pytest.approx(mean, abs=1e-4 * sd)
     assert float(guide.covariance().detach()) == pytest.approx(sd**2, rel=1e-3)
     assert posterior.converged
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("max_steps", [800, 1500])
+def test_a_stage_that_falls_is_taken_back(seed, max_steps):
+    """Whether the steps run out while it lies below or not, a climb ends at its best stage."""
+    pair, _ = check.prepare(normal, data(), "full_rank")
+    with pair.entered(seed):
+        climb = stages.Climb(
+            pair, seed, 1, 1e3, 0.03, max_steps, lambda step: pair.data, lambda step, loss: None
+        )
+        climb.warm_up(400, 0.1)
+        climb.until_converged()
+        end = stages.evaluate(pair, objectives.draw(pair, 256))
+    best = max(climb.stage_elbos, key=lambda elbo: elbo.value)
+    worst = min(elbo.value for elbo in climb.stage_elbos)
+    assert not worst > best.value - 3
+    assert end.value > best.value - 4 * math.hypot(best.se, end.se) - 0.3
+
+
+@pytest.mark.parametrize("value", [-1.3, -5e5, -math.inf, math.nan])
+@pytest.mark.parametrize("se", [0.0, 0.01, 1e6, math.nan])
+def test_what_lies_far_below_the_best_has_fallen_whatever_its_error(value, se):
+    best = stages._Reached({}, None, Estimate(-1.0, 0.02))
+    assert best.is_above(Estimate(value, se), 0.03) == (value != -1.3 or se == 0.01 or se == 0.0)
+    assert not best.is_above(Estimate(-1.05, se), 0.03)
+    assert not best.is_above(Estimate(5.0, se), 0.03)
 
 
 @pytest.mark.parametrize("unit", [1e-9, 1.0, 1e9])

@@ -10,8 +10,10 @@ scored, with the same rows and the same noise each time, so that a gain has a sm
 
 Where a few stages gain nothing (less than two standard errors, or than tol squared for each
 latent of a row) the climb returns to the best average, and the rate falls; when it has fallen
-twice in vain, it has converged. With rows kept aside these are scored: the climb then ends where
-they get no better, at the average that was best for them.
+twice in vain, it has converged. Which rate comes first is tried out where none is asked for: from
+the same weights, a stage at each of three; the best average goes on, and so does its rate, which
+then has to fall as far as a smaller one would have. With rows kept aside these are scored: the
+climb then ends where they get no better, at the average that was best for them.
 
 Letters: M rows that are scored, P particles.
 
@@ -49,7 +51,10 @@ _STAGE = (200, 500)  # a stage is an epoch, but at least and at most so many ste
 _PATIENCE = 3  # stages without a gain, before the rate falls
 _FALLS = 2  # times that it falls
 _FALL = 4.0
-_SCORED_ROWS, _SCORED_DRAWS = 512, 4
+_RATES = 3  # first rates that are tried, each the fourfold of the one before
+_TRIED = 0.1  # share of the steps that trying them may take
+_NUMBER = ("one", "two", "three", "four", "five")
+_SCORED_ROWS, _SCORED_DRAWS = 1024, 4
 _FAILURES = 3
 _AVERAGE_EVERY = 5  # steps
 
@@ -99,6 +104,7 @@ class NetworkClimb:
         tick: called after every step, for a progress bar.
         held: rows kept aside, to be scored in the place of rows that are fitted.
         batch_size: rows per step; ``None`` for all.
+        finds_rate: whether larger rates than ``lr`` are tried first, and the best one is taken.
     """
 
     pair: Pair
@@ -111,12 +117,14 @@ class NetworkClimb:
     tick: Callable[[int, float], None]
     held: Arguments | None = None
     batch_size: int | None = None
+    finds_rate: bool = False
     losses: list[float] = field(default_factory=list)
     stage_starts: list[int] = field(default_factory=list)
     stage_elbos: list[Estimate] = field(default_factory=list)
     stop_reason: str = ""
     converged: bool = False
     _judge: _Judge | None = None
+    _falls: int = _FALLS
 
     @property
     def num_steps(self) -> int:
@@ -124,20 +132,38 @@ class NetworkClimb:
         return len(self.losses)
 
     def warm_up(self, num_steps: int, rate: float) -> tuple[Draws, Estimate]:
-        """A first stage; no draws are returned: weights of networks have no place.
+        """A first stage, or one at each rate; no draws are returned: weights have no place.
 
         Arguments:
             num_steps: its length.
-            rate: its rate.
+            rate: its rate, the smallest where several are tried.
         """
         steps = max(1, min(num_steps, self._length(), self.max_steps - self.num_steps))
-        optimiser = self._adam(rate)
-        average = self._stage(optimiser, steps, rate)
-        self._score_at(average)
-        return Draws({}, torch.zeros(0)), self.stage_elbos[-1]
+        origin, best = self.state(), -math.inf
+        num_rates = _RATES if self._can_try(steps) else 1
+        for k in range(num_rates):
+            self.restore(origin)
+            try:
+                average = self._stage(self._adam(rate * _FALL**k), steps, rate * _FALL**k)
+            except FitDivergedError:
+                if k == 0:
+                    raise
+                self.stage_starts.pop()
+                break
+            score = float(self._score_at(average).mean())
+            if k == 0 or score > best:
+                best, state, elbo, winner = score, self.state(), self.stage_elbos[-1], k
+        self.restore(state)
+        self.lr, self._falls = self.lr * _FALL**winner, _FALLS + winner
+        return Draws({}, torch.zeros(0)), elbo
+
+    def _can_try(self, steps: int) -> bool:
+        """Whether rates are tried: there is time, and the objective stays the same."""
+        few = _RATES * steps <= _TRIED * self.max_steps
+        return self.finds_rate and few and not self._annealing()
 
     def until_converged(self) -> None:
-        """Stages until the objective gains nothing at three rates, or the steps run out."""
+        """Stages until the objective gains nothing at several rates, or the steps run out."""
         rate, idle, falls = self.lr, 0, 0
         optimiser = self._adam(rate)
         best_state = self.state()
@@ -159,7 +185,7 @@ class NetworkClimb:
             if idle < _PATIENCE:
                 continue
             self.restore(best_state)
-            if falls == _FALLS:
+            if falls == self._falls:
                 self.converged = True
                 self.stop_reason = self._why(gain, rate)
                 return
@@ -253,8 +279,8 @@ class NetworkClimb:
     def _why(self, gain: Estimate, rate: float) -> str:
         what = "rows kept aside" if self.held is not None else "the objective"
         return (
-            f"{what} gained nothing more at three rates: {gain} nats per datum in the last "
-            f"{_PATIENCE} stages (rate {rate:.2g})"
+            f"{what} gained nothing more at {_NUMBER[self._falls]} rates: {gain} nats per datum "
+            f"in the last {_PATIENCE} stages (rate {rate:.2g})"
         )
 
 

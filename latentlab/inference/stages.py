@@ -9,8 +9,9 @@ stages describe the same distribution,
           < \mathrm{tol}^2,
 
 whose left side is the squared shift per latent in posterior standard deviations, and the ELBO has
-gained nothing beyond its error. A guide of ours is moved into its own frame before each stage, so
-that the rate, too, is in posterior standard deviations.
+gained nothing beyond its error. A stage that falls far below the best one is taken back, and the
+climb goes on from there at a much lower rate. A guide of ours is moved into its own frame before
+each stage, so that the rate, too, is in posterior standard deviations.
 
 Letters: L latent numbers, P particles.
 
@@ -47,6 +48,8 @@ _CHECK_EVERY = 100  # steps
 _STAGE_STEPS = (300, 3000)  # a stage is at least and at most that long
 _EPOCHS = (5, 50)  # likewise, where each row has latents that only its batches move
 _IDLE_STAGES = 3  # stages that neither settle nor rise, after which more would not help
+_FALL = 8.0  # by which the rate is divided where a stage fell below the best one
+_FALLEN = 4.0  # standard errors below, from which a stage has fallen
 _AT_REST = 1e-5  # posterior standard deviations, from end to end
 _FAILURES = 3  # steps without a finite loss, each tried again shorter and with new noise
 _TRAIL_NUMBERS = 2**25
@@ -129,6 +132,7 @@ class Climb:
         if not self.stage_elbos:
             self._record()
         draws, elbo = self._draw(), self.stage_elbos[-1]
+        best = _Reached(self.state(), draws, elbo)
         rate, idle = self.lr, 0
         if not self.pair.parameters():
             self.converged, self.stop_reason = True, "the pair has no parameters to fit"
@@ -143,6 +147,12 @@ class Climb:
                 self.pair.guide.recentre()
             stationary = self._stage(min(most, remaining), rate)
             new_draws, new_elbo = self._record()
+            if best.is_above(new_elbo, self.tol):
+                self.restore(best.state)
+                draws, elbo, rate = best.draws, best.elbo, rate / _FALL
+                continue
+            if not new_elbo.value <= best.elbo.value:
+                best = _Reached(self.state(), new_draws, new_elbo)
             shift = self._shift(before, draws, new_draws)
             gained_nothing = self._gained_nothing(elbo, new_elbo)
             idle = idle + 1 if gained_nothing and not stationary else 0
@@ -311,6 +321,27 @@ class Climb:
 
     def _gained_nothing(self, old: Estimate, new: Estimate) -> bool:
         return new.value - old.value <= max(self.tol, 2 * math.hypot(old.se, new.se))
+
+
+@dataclass(frozen=True)
+class _Reached:
+    """What a stage reached."""
+
+    state: State
+    draws: Draws
+    elbo: Estimate
+
+    def is_above(self, elbo: Estimate, tol: float) -> bool:
+        """Whether another ELBO is below this one by more than errors can tell.
+
+        The error of a guide that has left the posterior is as wild as the guide: no more of it
+        counts than ten times the error here.
+        """
+        if not math.isfinite(self.elbo.value):
+            return False
+        least = max(self.elbo.se, tol)
+        error = math.hypot(least, min(elbo.se, 10 * least) if elbo.se >= 0 else 10 * least)
+        return not self.elbo.value - elbo.value <= _FALLEN * error
 
 
 class _Trail:
