@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from benchmarks import Table, Timing, svi, take_turns
+from benchmarks import Table, Timing, flows, svi, take_turns
 
 
 @pytest.mark.parametrize("name", svi.cases())
@@ -11,6 +11,12 @@ def test_both_sides_of_a_step_run(name):
     model, data, enumerates = svi.cases()[name]
     svi.our_steps(model, data)(2)
     svi.pyro_steps(model, data, enumerates, validates=True)(2)
+
+
+@pytest.mark.parametrize("kind", ["iaf", "nsf"])
+@pytest.mark.parametrize("steps_of", [flows.ours, flows.zukos, flows.pyros])
+def test_a_step_of_every_flow_guide_runs(kind, steps_of):
+    steps_of(kind)(2)
 
 
 def test_turns_are_taken_by_all_and_give_the_work_its_time():

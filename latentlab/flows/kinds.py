@@ -29,15 +29,15 @@ def make(
 ) -> MaskedFlow | Planar:
     r"""A flow by the name of its kind, at the identity.
 
-    ==================  ===========================================================================
-    kind                map
-    ==================  ===========================================================================
-    ``"iaf"`` ``"maf"``  affine, feature by feature; the same map under both names
-    ``"nsf"``           splines, feature by feature: bends most, costs most
-    ``"coupling_nsf"``  splines, half of the features given the other half
-    ``"realnvp"``       affine, half of the features given the other half
-    ``"planar"``        a bend along one direction, to learn from; no context, draws only
-    ==================  ===========================================================================
+    ====================  =========================================================================
+    kind                  map
+    ====================  =========================================================================
+    ``"iaf"`` ``"maf"``   affine, feature by feature; the same map under both names
+    ``"nsf"``             splines, feature by feature: bends most, costs most
+    ``"coupling_nsf"``    splines, half of the features given the other half
+    ``"realnvp"``         affine, half of the features given the other half
+    ``"planar"``          a bend along one direction, to learn from; no context, draws only
+    ====================  =========================================================================
 
     Arguments:
         kind: see the table.

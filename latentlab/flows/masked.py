@@ -94,7 +94,7 @@ class MaskedFlow(nn.Module):
             self.lower = nn.Parameter(torch.zeros(num_features, num_features))
         self.affine: Affine = affine
         self.to_identity()
-        self._last = LastPush()
+        self._last, self.remembers = LastPush(), True
 
     def push(self, noise: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Values of noise.
@@ -104,14 +104,15 @@ class MaskedFlow(nn.Module):
             context: shape (..., C), where the flow has one.
 
         Returns:
-            Values (..., D), and log |det d value / d noise|, shape (...,).
+            Values (..., D), and ``log |det d value / d noise|``, shape (...,).
         """
         self._expect(noise, context, "noise")
         along = self._pass if self.orientation == "sample" else self._undo
         inner, log_det = along(_wide(noise, context), context)
         value, stretch = self._to_value(inner)
         log_det = log_det + stretch
-        self._last.keep(self, noise, value, log_det, context)
+        if self.remembers:
+            self._last.keep(self, noise, value, log_det, context)
         return value, log_det
 
     def pull(self, value: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -124,7 +125,7 @@ class MaskedFlow(nn.Module):
             context: shape (..., C), where the flow has one.
 
         Returns:
-            Noise (..., D), and log |det d noise / d value|, shape (...,).
+            Noise (..., D), and ``log |det d noise / d value|``, shape (...,).
         """
         self._expect(value, context, "value")
         remembered = self._last.recall(self, value, context)

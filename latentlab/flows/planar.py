@@ -64,7 +64,7 @@ class Planar(nn.Module):
         self.weight = nn.Parameter(directions)
         self.shift = nn.Parameter(torch.zeros(num_transforms, num_features))
         self.bias = nn.Parameter(torch.zeros(num_transforms))
-        self._last = LastPush()
+        self._last, self.remembers = LastPush(), True
 
     def push(self, noise: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Values of noise.
@@ -74,7 +74,7 @@ class Planar(nn.Module):
             context: none.
 
         Returns:
-            Values (..., D), and log |det d value / d noise|, shape (...,).
+            Values (..., D), and ``log |det d value / d noise|``, shape (...,).
         """
         self._expect(noise, context, "noise")
         x, log_det = noise, noise.new_zeros(noise.shape[:-1])
@@ -82,7 +82,8 @@ class Planar(nn.Module):
             bent = torch.tanh(x @ w + b)
             log_det = log_det + torch.log1p((w @ u) * (1 - bent * bent))
             x = x + bent.unsqueeze(-1) * u
-        self._last.keep(self, noise, x, log_det, context)
+        if self.remembers:
+            self._last.keep(self, noise, x, log_det, context)
         return x, log_det
 
     def pull(self, value: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -93,7 +94,7 @@ class Planar(nn.Module):
             context: none.
 
         Returns:
-            Noise (..., D), and log |det d noise / d value|, shape (...,).
+            Noise (..., D), and ``log |det d noise / d value|``, shape (...,).
         """
         self._expect(value, context, "value")
         remembered = self._last.recall(self, value, context)

@@ -68,7 +68,7 @@ class DrawsRows(Protocol):
     def element_log_prob(
         self, values: Mapping[str, Tensor], data: Data | None = None
     ) -> dict[str, Tensor]:
-        """Log-density of each element of the batch of sites, (P, ..., batch).
+        """Log-density of each element of the batch of sites, ``(P, ..., batch)``.
 
         Several that are not independent may stand together under the name of the first of them.
 
@@ -219,7 +219,7 @@ class Guide(nn.Module, ABC):
     def unpack(
         self, u: Tensor, layout: Layout | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Values of the sites at u (P, L), and log |dz/du| of those where it counts.
+        """Values of the sites at u (P, L), and ``log |dz/du|`` of those where it counts.
 
         Arguments:
             u: numbers on the real line.

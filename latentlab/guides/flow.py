@@ -103,7 +103,10 @@ class Flow(Guide):
         hidden_dims = self.settings["hidden_dims"] or (width, width)
         settings = self.settings | {"hidden_dims": hidden_dims, "affine": "none"}
         with torch.random.fork_rng(devices=[]):  # to be built takes no random numbers from others
-            return flows.make(num_features=num_latents, **settings)
+            flow = flows.make(num_features=num_latents, **settings)
+        # What is pushed goes on through the frame: it is never pulled as the tensor that it was.
+        flow.remembers = False
+        return flow
 
     def _make_parameters(self, zeros: Tensor) -> None:
         self.register_buffer("frame", torch.eye(len(zeros)).to(zeros))

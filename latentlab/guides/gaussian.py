@@ -107,7 +107,7 @@ class MeanField(Guide):
     def element_log_prob(
         self, values: Mapping[str, Tensor], data: Data | None = None
     ) -> dict[str, Tensor]:
-        """Log-density of each batch element of each site, shape (P, ..., *batch_shape)."""
+        """Log-density of each batch element of each site, shape ``(P, ..., *batch_shape)``."""
         u = self.pack(values)
         _, log_det = self.unpack(u)
         density = dist.Normal(self.free_mean(), self._scale()).log_prob(u)

@@ -12,7 +12,8 @@ gained: by the weights, the ELBO is below the evidence by
 
 A mean-field guide that is not enough after its warm-up is left there and then. A flow that was
 asked for is laid over a Gaussian guide, whatever that one's k-hat. Many latents get a low-rank
-guide in the place of a full-rank one, or a structured one where they belong to rows, and no flow.
+guide in the place of a full-rank one, and no flow; where they belong to rows that are many, or
+that are seen in batches, a structured one, which follows them.
 
 Letters: L latent numbers, S draws.
 """
@@ -35,13 +36,20 @@ from latentlab.inference.networks import NetworkClimb, has_networks
 from latentlab.inference.pair import Pair
 from latentlab.inference.restarts import Restarts
 from latentlab.inference.sandbox import manual_seed, stream
-from latentlab.inference.stages import INTERRUPTED, Climb, FitDivergedError, State, chunks
+from latentlab.inference.stages import (
+    INTERRUPTED,
+    Climb,
+    FitDivergedError,
+    State,
+    particle_chunk,
+)
 from latentlab.inference.starts import Starts
 from latentlab.protocols import OffersGuide, owner_of
 
 __all__ = ["Ladder", "Rung", "ladder_for"]
 
 _ASKS = 0.5  # k-hat above which a richer guide is tried
+_BEYOND = 3.0  # standard errors of a gain that is more than its error
 _NOTHING = 0.02  # nats that are not worth a richer guide
 _FULL_RANK_UP_TO = 200  # latent numbers
 _DRAWS, _FEW_DRAWS = 4000, 500  # behind a k-hat; the fewer where they go one by one
@@ -141,27 +149,44 @@ class Ladder:
             return left[-1]
 
         climb, restarts = first(leave)
-        here = _stand(pair, climb, seed, 0, settled=not any(left))
+        try:
+            here = _stand(pair, climb, seed, 0, settled=not any(left))
+        except KeyboardInterrupt:
+            _stop(climb)
+            return climb, restarts, ()
+        here, tried = self._up(pair, here, seed, further)
+        settled = here
+        if not here.settled and here.climb.stop_reason != INTERRUPTED:
+            settled = _settle(pair, here, seed)
+        end = self._end(settled)
+        rungs = ((settled, end) if stand is here else (stand, note) for stand, note in tried)
+        return here.climb, restarts, tuple(stand.rung(why) for stand, why in rungs)
+
+    def _up(
+        self, pair: Pair, here: _Stand, seed: int, further: Callable[[int], Climb]
+    ) -> tuple[_Stand, list[tuple[_Stand, str]]]:
+        """Try one rung after the other: the best of them, and all with what was decided there."""
         tried: list[tuple[_Stand, str]] = [(here, "")]
         for level, guide in enumerate(self.above, 1):
             why = self._asks(here, guide)
             if not why:
                 break
-            there = _try(pair, here, guide, further, seed, level)
+            try:
+                there = _try(pair, here, guide, further, seed, level)
+            except KeyboardInterrupt:  # before it was known how good that one is
+                _go_back(pair, here, is_interrupted=True)
+                break
             gain = Estimate(
                 there.elbo.value - here.elbo.value, math.hypot(here.elbo.se, there.elbo.se)
             )
-            if self.is_asked_for or gain.value > 2 * gain.se:
+            if self.is_asked_for or gain.value > _BEYOND * gain.se:
                 tried = [(s, why if s is here else note) for s, note in tried]
                 here = there
                 tried.append((here, ""))
             else:
                 tried.append((there, f"gains {gain}, not beyond its error: went back down"))
                 _go_back(pair, here, is_interrupted=there.climb.stop_reason == INTERRUPTED)
-        if not here.settled and here.climb.stop_reason != INTERRUPTED:
-            here.climb.until_converged()
-        end = self._end(here)
-        return here.climb, restarts, tuple(s.rung(end if s is here else note) for s, note in tried)
+        return here, tried
 
     def _asks(self, here: _Stand, guide: Guide) -> str:
         """Why to go on from here to a guide; empty where it is enough."""
@@ -200,7 +225,7 @@ def ladder_for(pair: Pair, guide: Any, has_batches: bool) -> Ladder:  # noqa: AN
     if not is_auto or isinstance(owner_of(pair.model), OffersGuide) or not numbers:
         return Ladder()
     if is_local and (has_batches or not few):
-        return Ladder() if has_batches else Ladder((Structured(),))
+        return Ladder((Structured(),))
     if not few:
         return Ladder((LowRank(),))
     return Ladder((FullRank(), Flow()) if numbers > 1 else (Flow("nsf"),))
@@ -240,6 +265,7 @@ def _try(
     bind(pair, guide)
     pair.guide = guide
     climb = further(level)
+    begin = climb.state()
     try:
         guide.start_from(here.guide)
         if not isinstance(guide, Flow):
@@ -254,12 +280,27 @@ def _try(
     return _stand(pair, climb, seed, level, settled=True)
 
 
+def _settle(pair: Pair, here: _Stand, seed: int) -> _Stand:
+    """Climb on from where the fit was about to go up, and measure again."""
+    try:
+        here.climb.until_converged()
+        return _stand(pair, here.climb, seed, 0, settled=True)
+    except KeyboardInterrupt:
+        _stop(here.climb)
+        return here
+
+
 def _go_back(pair: Pair, here: _Stand, is_interrupted: bool) -> None:
     """Put the pair back on a guide, and the model's own parameters with it."""
     pair.guide = here.guide
     here.climb.restore(here.state)
     if is_interrupted:
-        here.climb.stop_reason, here.climb.converged = INTERRUPTED, False
+        _stop(here.climb)
+
+
+def _stop(climb: Climb | NetworkClimb) -> None:
+    """Mark a climb as ended by Ctrl-C."""
+    climb.stop_reason, climb.converged = INTERRUPTED, False
 
 
 def _measure(pair: Pair, seed: int, level: int) -> tuple[Estimate, Estimate, Estimate]:
@@ -267,11 +308,13 @@ def _measure(pair: Pair, seed: int, level: int) -> tuple[Estimate, Estimate, Est
     size = sum(t.numel() for t in pair.data.tensors()) + _numbers(pair)
     num_draws = max(_FEW_DRAWS, min(_DRAWS, _ELEMENTS // size)) if pair.vectorised else _FEW_DRAWS
     manual_seed(stream(seed, "rung", level))
+    chunk = particle_chunk(pair, num_draws)  # draws of many rows are many numbers
     with torch.no_grad():
-        draws = objectives.draw(pair, num_draws)
-        log_weights = torch.cat(
-            [objectives.log_joint(pair, part) - part.log_q for part in chunks(pair, draws)]
+        draws = (
+            objectives.draw(pair, min(chunk, num_draws - start))
+            for start in range(0, num_draws, chunk)
         )
+        log_weights = torch.cat([objectives.log_joint(pair, d) - d.log_q for d in draws])
     elbo, none = Estimate.from_draws(log_weights), Estimate(0.0, 0.0)
     if not log_weights.isfinite().all():
         return elbo, Estimate(math.inf, 0.0), none
