@@ -9,14 +9,14 @@ from collections.abc import Sequence
 
 import typer
 
-from latentlab.cli import demo, fits, uses
+from latentlab.cli import answers, choose, demo, fits, uses
 from latentlab.cli.commands import app
 from latentlab.cli.inputs import BAD_INPUT
 from latentlab.cli.show import show_line, show_warning
 
 __all__ = ["main"]
 
-_ADDED = (fits, uses, demo)  # each adds its commands when it is imported
+_ADDED = (fits, uses, answers, choose, demo)  # each adds its commands when it is imported
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import io
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +17,11 @@ __all__ = [
     "BAD_INPUT",
     "BadInputError",
     "bad_input",
+    "expect_place",
     "expect_writable",
     "listed",
-    "load_run",
-    "matching",
     "names_of",
+    "warn_of",
 ]
 
 BAD_INPUT = 2
@@ -49,32 +47,16 @@ def listed(columns: str | None) -> list[str] | None:
     return None if columns is None else next(csv.reader([columns], skipinitialspace=True), [])
 
 
-def load_run(run: Path) -> ll.Posterior:
-    """A posterior to draw from, whose verdict is not kept quiet."""
-    posterior = ll.load(run)
+def warn_of(posterior: ll.Posterior, run: Path) -> None:
+    """Do not keep the verdict quiet on a fit that is about to be used."""
     level = posterior.check().level
     if level == "do not use":
         show_line(f'warning: the verdict on this fit is "{level}"; see latentlab check {run}')
-    return posterior
 
 
 def names_of(posterior: ll.Posterior) -> tuple[str, ...]:
     """Names of the columns that were fitted."""
     return posterior.names or ll.data.Table(posterior.pair.data.args[0]).names
-
-
-def matching(posterior: ll.Posterior, data: Path, columns: str | None) -> ll.data.Table:
-    """Rows with the columns that were fitted."""
-    from latentlab.data.checks import as_rows
-
-    names = names_of(posterior)
-    table = ll.data.load(data, listed(columns))
-    if set(table.names) > set(names):
-        line = io.StringIO()
-        csv.writer(line).writerow(names)
-        way = shlex.quote(line.getvalue().strip())
-        raise ValueError(f"{data}: more columns than were fitted; add --columns {way}")
-    return as_rows(table, argument=str(data), min_rows=1, allow_missing=True, names=names)
 
 
 def expect_writable(file: Path, data: Path | None = None) -> None:
@@ -88,3 +70,20 @@ def expect_writable(file: Path, data: Path | None = None) -> None:
     if data is not None and file.exists() and file.samefile(data):
         raise ValueError(f"--out: {file} holds the data; choose another name")
     probe(file.parent)
+
+
+def expect_place(place: Path, data: Path | None = None) -> None:
+    """Refuse a folder, or a .npz file, that images could not be written to."""
+    from latentlab.inference.checkpoint import probe
+
+    if place.suffix not in ("", ".npz"):
+        raise ValueError(f"--out: expected a folder or a name that ends in .npz, got {place}")
+    if data is not None and place.exists() and place.samefile(data):
+        raise ValueError(f"--out: {place} holds the data; choose another name")
+    if place.suffix == ".npz":
+        probe(place.parent)
+        return
+    if importlib.util.find_spec("PIL") is None:
+        raise ImportError(f"{place}: PNG files need pip install 'latentlab[images]'; or a .npz")
+    if place.is_file():
+        raise ValueError(f"--out: {place} is a file; expected a folder or a .npz name")

@@ -7,7 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["PLAIN", "Columns", "Data", "DrawSeed", "Json", "Out", "Run", "Seed", "option"]
+__all__ = [
+    "PLAIN",
+    "Columns",
+    "Data",
+    "DrawSeed",
+    "Id",
+    "Json",
+    "Out",
+    "OutFile",
+    "Run",
+    "Seed",
+    "Time",
+    "option",
+]
 
 PLAIN: dict[str, Any] = {
     "add_completion": False,
@@ -26,6 +39,9 @@ Data = Annotated[
 ]
 Run = Annotated[Path, typer.Argument(metavar="DIR", help="Where a fit was written to.")]
 Out = Annotated[Path, option("DIR", "Folder for the results.")]
+OutFile = Annotated[Path, option("FILE", "A .csv or .parquet file.")]
+Id = Annotated[str | None, option("COL", "Column that tells sequences apart.")]
+Time = Annotated[str | None, option("COL", "Column that orders their steps.")]
 Columns = Annotated[str | None, option("A,B", "Columns to take, in this order.")]
 Seed = Annotated[int, option("N", "Same seed, same numbers.", least=0)]
 DrawSeed = Annotated[

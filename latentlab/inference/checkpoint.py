@@ -99,8 +99,6 @@ def restore(
     if data is not None:
         pair.data = as_fitted(data, pair)
     _fill(file, pair, facts, tensors)
-    if not has_data:
-        _refuse_amortised(file, pair)
     return Posterior(
         pair=pair,
         seed=facts["seed"],
@@ -119,6 +117,7 @@ def restore(
         fitted_to=facts["fitted_to"],
         recorded=facts["verdict"],
         has_data=has_data,
+        reads_data=not has_data and _reads_data(pair),
         held_out_rows=HeldOut.from_spec(facts.get("held_out")),
     )
 
@@ -407,16 +406,15 @@ def _placeholder(facts: Mapping[str, Any]) -> Arguments:
     return Arguments(tuple(map(make, facts["args"])), kwargs, names)
 
 
-def _refuse_amortised(file: Path, pair: Pair) -> None:
-    """A guide that reads the data cannot be drawn from without them."""
+def _reads_data(pair: Pair) -> bool:
+    """Whether the guide reads the data: it cannot be drawn from without them."""
     if isinstance(pair.guide, Guide) and not isinstance(pair.guide, Amortised):
-        return
+        return False
     drawn = []
     for data in (pair.data, pair.data.map(torch.ones_like)):
         with pair.entered(seed=0), torch.no_grad():
             drawn.append(objectives.draw(pair, 1, data).values)
-    if any(not torch.equal(value, drawn[1][name]) for name, value in drawn[0].items()):
-        raise ValueError(f"{file}: its guide reads the data; load it with data=")
+    return any(not torch.equal(value, drawn[1][name]) for name, value in drawn[0].items())
 
 
 def _read(path: str | Path) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:

@@ -64,10 +64,13 @@ class Posterior:
         seconds: wall-clock time of the fit.
         method: how it was climbed.
         backend: what ran the pair.
-        ladder: the guides that were tried, the one that was kept last; empty for a single guide.
+        ladder: the guides that were tried, in that order, and what was decided at each; empty for
+            a single guide.
         fitted_to: sha256 of the data.
         recorded: the verdict that was stored with a loaded posterior.
         has_data: whether the data are at hand; a file does not hold them.
+        reads_data: whether the guide reads them and they are not at hand, so that the latents of
+            the rows that were fitted are not known.
         held_out_rows: how rows that were kept aside compare with those that were fitted.
     """
 
@@ -88,6 +91,7 @@ class Posterior:
     fitted_to: str = ""
     recorded: Mapping[str, Any] | None = None
     has_data: bool = True
+    reads_data: bool = False
     held_out_rows: HeldOut | None = None
 
     def __repr__(self) -> str:
@@ -367,6 +371,8 @@ class Posterior:
     def _sample(self, num_samples: int, seed: int | None, discrete: bool) -> dict[str, Tensor]:
         """Draws of the continuous latents, and of the discrete ones if asked for."""
         num_samples = as_count(num_samples, "num_samples")
+        if self.reads_data:
+            self._need_data("latents")
         names = [z.name for z in self.pair.latents]
         with torch.no_grad(), self._entered("sample", seed):
             draws = objectives.draw(self.pair, num_samples)
@@ -392,7 +398,12 @@ class Posterior:
 
     def _given(self, num_samples: int, arguments: Arguments, own: bool) -> tuple[Pair, Draws]:
         """The pair at some data, and draws of the latents that these share with the fit."""
-        pair, draws = self.pair, objectives.draw(self.pair, num_samples)
+        pair = replace(self.pair, data=arguments) if own else self.pair
+        if self.reads_data and not own:  # draws given placeholders: none of them may be kept
+            names = [z.name for z in pair.latents]
+            if not all(predictive.is_local(pair, name, self._plate) for name in names):
+                self._need_data("latents")
+        draws = objectives.draw(pair, num_samples)
         local = (z for z in pair.summed_out if predictive.is_local(pair, z, self._plate))
         anew = () if own else tuple(local)
         if len(anew) < len(pair.summed_out):

@@ -31,8 +31,8 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, cast
 
 import pyro
@@ -48,6 +48,7 @@ from latentlab.distributions import NormalMixture
 from latentlab.distributions.correlations import PartialCorrelations, correlation_tril
 from latentlab.guides import FullRank, Guide, MeanField, Point
 from latentlab.models.gmm_remarks import remarks_on_components
+from latentlab.models.gmm_rows import Completed, counted, filled
 from latentlab.models.gmm_starts import Covariance, find_start
 from latentlab.models.gmm_units import as_counts, check_one_a_row, mean_and_sd, warn_far
 from latentlab.plates import rows
@@ -169,7 +170,7 @@ class GaussianMixture(nn.Module):
         if x is not None and weights is not None:
             check_one_a_row(weights, len(x))
         latents = self._draw_latents()
-        with rows(x, size), _counted(weights):
+        with rows(x, size), counted(weights):
             return pyro.sample("x", self.likelihood(**latents), obs=x)
 
     def likelihood(
@@ -328,6 +329,15 @@ class GaussianMixture(nn.Module):
         log_sum = self._average(x, draws, lambda joint: joint.logsumexp(-1).logsumexp(0))
         return log_sum - math.log(len(draws["weights"]))
 
+    def impute(self, x: Tensor | Table, draws: Mapping[str, Tensor]) -> Completed:
+        """Mean and sd of missing cells given those that are there, exact for each draw.
+
+        Arguments:
+            x: rows, shape (N, D), NaN where a cell is missing.
+            draws: as for :meth:`responsibilities`.
+        """
+        return filled(self.mixture(draws), self._table(x, min_rows=0).x)
+
     def mixture(self, draws: Mapping[str, Tensor]) -> NormalMixture:
         """The distributions of a row at draws of the latents, batch shape (S, 1).
 
@@ -481,17 +491,6 @@ class GaussianMixture(nn.Module):
         step = max(1, _CHUNK // draws["weights"].numel())
         with torch.no_grad():
             return torch.cat([reduce(mixture.component_log_prob(part)) for part in x.split(step)])
-
-
-@contextmanager
-def _counted(weights: Tensor | None) -> Iterator[None]:
-    """Rows count as often as their weights say; those of weight zero not at all."""
-    if weights is None:
-        yield
-        return
-    there = cast(torch.BoolTensor, weights > 0)
-    with poutine.mask(mask=there), poutine.scale(scale=torch.where(there, weights, 1.0)):
-        yield
 
 
 def _normal(loc: Tensor, scale: Tensor) -> dist.TransformedDistribution:
