@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from latentlab import data, diagnostics, distributions, guides, models, nn, testing
+    from latentlab import data, diagnostics, distributions, flows, guides, models, nn, testing
     from latentlab.codes import fit_codes
     from latentlab.inference.check import PairReport, check_pair
     from latentlab.inference.engine import FitDivergedError, fit
@@ -43,7 +43,7 @@ _HOMES = {
     "select": "latentlab.inference.select",
     "sequences": "latentlab.plates",
 }
-_MODULES = ("data", "diagnostics", "distributions", "guides", "models", "nn", "testing")
+_MODULES = ("data", "diagnostics", "distributions", "flows", "guides", "models", "nn", "testing")
 
 __all__ = [
     "Autoencoder",
@@ -63,6 +63,7 @@ __all__ = [
     "distributions",
     "fit",
     "fit_codes",
+    "flows",
     "guides",
     "load",
     "models",

@@ -81,7 +81,7 @@ class Emission(Protocol):
     def distribution(self) -> Callable[..., Any]:
         """A method: values of the sites, by name, to the distribution of a row, event shape (D,).
 
-        Its batch shape is that of the values: (..., K) for values (..., K, *event).
+        Its batch shape is that of the values: ``(..., K)`` for values ``(..., K, *event)``.
         """
 
 

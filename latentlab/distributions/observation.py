@@ -104,13 +104,13 @@ class Likelihood(nn.Module):
         return self
 
     def measure(self, x: Tensor) -> None:
-        """Learn units and base rates from data (N, *event), NaN where missing, in place."""
+        """Learn units and base rates from data ``(N, *event)``, NaN where missing, in place."""
 
     def check(self, x: Tensor, argument: str = "x") -> None:
         """Raise where observed cells cannot come from this likelihood."""
 
     def inputs(self, x: Tensor) -> Tensor:
-        """What an encoder reads of rows (N, *event); NaN stays NaN."""
+        """What an encoder reads of rows ``(N, *event)``; NaN stays NaN."""
         return x
 
     def distribution(self, params: Tensor) -> Any:  # noqa: ANN401
