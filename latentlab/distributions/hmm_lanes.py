@@ -277,9 +277,10 @@ def lost_lanes(probs: Tensor, sums: Tensor, dense: bool) -> Tensor:
     Factors are at least :math:`\tau^{1/3}`, so that one at the floor gives a probability below
     :math:`\tau^{1/3 - 1/8}`, and is found.
     """
-    lost = ~(sums > 0).all(0) | ~torch.isfinite(sums).all(0)
+    least, most = sums.aminmax(dim=0)  # a missing number is both
+    lost = ~((least > 0) & (most < torch.inf))
     if not dense:
         tiny = torch.finfo(probs.dtype).tiny
         lost |= ((probs > 0) & (probs < tiny**_LEAST)).any(2).any(0)
-        lost |= (sums < tiny**_LEAST_SUM).any(0)
+        lost |= least < tiny**_LEAST_SUM
     return lost
