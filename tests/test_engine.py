@@ -72,6 +72,47 @@ def test_a_stage_that_falls_is_taken_back(seed, max_steps):
     assert end.value > best.value - 4 * math.hypot(best.se, end.se) - 0.3
 
 
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_stage_that_stays_nan_is_taken_back_to_the_best_one(times, monkeypatch):
+    """A later stage without a finite loss costs that stage, not the fit."""
+    pair, _ = check.prepare(normal, data(), "full_rank")
+    run, failed = stages.Climb._stage, []
+
+    def stage(climb, num_steps, rate, falling=False):
+        if not falling and len(failed) < times:
+            failed.append(rate)
+            with torch.no_grad():
+                pair.guide.loc.fill_(math.nan)
+            raise stages.FitDivergedError(climb.num_steps, "x", math.nan)
+        return run(climb, num_steps, rate, falling)
+
+    monkeypatch.setattr(stages.Climb, "_stage", stage)
+    with pair.entered(0):
+        climb = stages.Climb(
+            pair, 0, 1, 1.0, 0.03, 3000, lambda step: pair.data, lambda step, loss: None
+        )
+        climb.warm_up(400, 0.1)
+        climb.until_converged()
+    assert climb.stop_reason
+    assert failed == [8.0**-k for k in range(times)]
+    assert float(pair.guide.free_mean().detach()) == pytest.approx(exact(data())[0], abs=1e-2)
+
+
+def test_the_last_elbo_is_measured_in_parts_that_fit_in_memory(monkeypatch):
+    sizes, draw = [], objectives.draw
+    monkeypatch.setattr(engine, "particle_chunk", lambda pair, num: 300)
+    pair, _ = check.prepare(normal, data(), "full_rank")
+
+    def counted(pair, num_particles, data=None):
+        sizes.append(num_particles)
+        return draw(pair, num_particles, data)
+
+    monkeypatch.setattr(objectives, "draw", counted)
+    with pair.entered(0):
+        engine._final_elbo(pair, 0)
+    assert sizes == [300, 300, 300, 100]
+
+
 @pytest.mark.parametrize("value", [-1.3, -5e5, -math.inf, math.nan])
 @pytest.mark.parametrize("se", [0.0, 0.01, 1e6, math.nan])
 def test_what_lies_far_below_the_best_has_fallen_whatever_its_error(value, se):

@@ -31,7 +31,13 @@ from latentlab.inference.posterior import Posterior
 from latentlab.inference.restarts import Place, Restarts, distances
 from latentlab.inference.rows import DRAWS_OF_ROWS, elbo_of_rows, looked_at
 from latentlab.inference.sandbox import manual_seed, stream
-from latentlab.inference.stages import INTERRUPTED, Climb, FitDivergedError, State, evaluate
+from latentlab.inference.stages import (
+    INTERRUPTED,
+    Climb,
+    FitDivergedError,
+    State,
+    particle_chunk,
+)
 from latentlab.inference.starts import Starts
 from latentlab.protocols import Exchangeable, HoldsOut, owner_of
 
@@ -419,8 +425,14 @@ def _final_elbo(pair: Pair, seed: int) -> Estimate:
     if is_judged_by_row(pair):
         return elbo_of_rows(_some_rows(pair, seed), num_rows(pair.data) or 1, DRAWS_OF_ROWS)
     num_draws = 1 if pair.is_point() else 1000 if pair.vectorised else 100
+    chunk = particle_chunk(pair, num_draws)  # draws of many rows are many numbers
     with torch.no_grad():
-        return evaluate(pair, objectives.draw(pair, num_draws))
+        parts = [
+            objectives.log_weights(pair, min(chunk, num_draws - start))
+            for start in range(0, num_draws, chunk)
+        ]
+    weights = torch.cat(parts)
+    return Estimate.from_draws(weights) if num_draws > 1 else Estimate(float(weights[0]), 0.0)
 
 
 @contextmanager

@@ -9,8 +9,9 @@ stages describe the same distribution,
           < \mathrm{tol}^2,
 
 whose left side is the squared shift per latent in posterior standard deviations, and the ELBO has
-gained nothing beyond its error. A stage that falls far below the best one is taken back, and the
-climb goes on from there at a much lower rate. A guide of ours is moved into its own frame before
+gained nothing beyond its error. A stage that falls far below the best one, or that ends without a
+finite loss (three times at most), is taken back, and the climb goes on from there at a much lower
+rate. A guide of ours is moved into its own frame before
 each stage, so that the rate, too, is in posterior standard deviations.
 
 Letters: L latent numbers, P particles.
@@ -133,7 +134,7 @@ class Climb:
             self._record()
         draws, elbo = self._draw(), self.stage_elbos[-1]
         best = _Reached(self.state(), draws, elbo)
-        rate, idle = self.lr, 0
+        rate, idle, diverged = self.lr, 0, 0
         if not self.pair.parameters():
             self.converged, self.stop_reason = True, "the pair has no parameters to fit"
             return
@@ -145,7 +146,15 @@ class Climb:
                 return
             if isinstance(self.pair.guide, Guide):
                 self.pair.guide.recentre()
-            stationary = self._stage(min(most, remaining), rate)
+            try:
+                stationary = self._stage(min(most, remaining), rate)
+            except FitDivergedError:
+                diverged += 1
+                if diverged > _FAILURES or not math.isfinite(best.elbo.value):
+                    raise
+                self.restore(best.state)
+                draws, elbo, rate = best.draws, best.elbo, rate / _FALL
+                continue
             new_draws, new_elbo = self._record()
             if best.is_above(new_elbo, self.tol):
                 self.restore(best.state)
