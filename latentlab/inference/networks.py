@@ -8,6 +8,9 @@ scored, with the same rows and the same noise each time, so that a gain has a sm
 .. math:: g = \frac{1}{M} \sum_m (\ell_m^\text{new} - \ell_m^\text{best}), \qquad
           \ell_m = \mathbb{E}_q \log p(x_m \mid z_m) - \beta \, \mathrm{KL}_m .
 
+The rows that are scored are some of those that are fitted: their choice adds to the error of the
+gain the less, the more of all rows they are; where they are all, only the noise of the draws does.
+
 Where a few stages gain nothing (less than two standard errors, or than tol squared for each
 latent of a row) the climb returns to the best average, and the rate falls; when it has fallen
 twice in vain, it has converged. Which rate comes first is tried out where none is asked for: from
@@ -37,7 +40,7 @@ from latentlab.inference import held_out as held_rows
 from latentlab.inference import objectives
 from latentlab.inference.batches import chosen, follows_rows, num_rows, take
 from latentlab.inference.pair import Arguments, Pair
-from latentlab.inference.rows import fewer, looks_by_row, on_rows, row_terms
+from latentlab.inference.rows import fewer, looks_by_row, on_rows, over_rows, row_terms
 from latentlab.inference.sandbox import manual_seed, stream
 from latentlab.inference.stages import FitDivergedError, State, evaluate, first_bad_site
 from latentlab.inference.training import step_of
@@ -54,7 +57,7 @@ _FALL = 4.0
 _RATES = 3  # first rates that are tried, each the fourfold of the one before
 _TRIED = 0.1  # share of the steps that trying them may take
 _NUMBER = ("one", "two", "three", "four", "five")
-_SCORED_ROWS, _SCORED_DRAWS = 1024, 4
+_SCORED_ROWS, _SCORED_DRAWS = 2048, 4
 _FAILURES = 3
 _AVERAGE_EVERY = 5  # steps
 
@@ -177,7 +180,7 @@ class NetworkClimb:
             steps = min(self._length(), self.max_steps - self.num_steps)
             average = self._stage(optimiser, steps, rate)
             score = self._score_at(average)
-            gain = Estimate.from_draws((score - best).double())
+            gain = self._gain(score, best)
             if self._annealing() or self._is_gain(gain):
                 best, best_state, idle = score, average, 0
                 continue
@@ -248,7 +251,7 @@ class NetworkClimb:
         return max(_STAGE[0], min(_STAGE[1], epoch))
 
     def _score_at(self, state: State, recorded: bool = False) -> Tensor:
-        """The objective at a state, for each row or draw (M,), in nats per datum."""
+        """The objective at a state in nats per datum: of draws and rows (P, M), or of one (M,)."""
         now = self.state()
         self.restore(state)
         if self._judge is None:
@@ -260,6 +263,16 @@ class NetworkClimb:
             self.stage_elbos.append(elbo)
         self.restore(now)
         return score
+
+    def _gain(self, score: Tensor, best: Tensor) -> Estimate:
+        """How much a score is above the best, in nats per datum."""
+        more = (score - best).double()
+        if more.dim() == 1:
+            return Estimate.from_draws(more)
+        # Where all rows that are fitted are scored, only the draws of the latents are a sample.
+        total = num_rows(self.pair.data) or 1
+        sum_of_rows = over_rows(more, total)
+        return Estimate(sum_of_rows.value / total, sum_of_rows.se / total)
 
     def _is_gain(self, gain: Estimate) -> bool:
         if not math.isfinite(gain.value):
@@ -306,7 +319,7 @@ class _Judge:
         return cls(pair, held, by_row, total)
 
     def __call__(self, step: int) -> tuple[Tensor, Estimate]:
-        """The score of each row or draw (M,) per datum, and the ELBO per data set."""
+        """The score per datum, (P, M) or (M,), and the ELBO per data set."""
         with torch.no_grad():
             if self.by_row:
                 return self._by_row(step)
@@ -321,11 +334,15 @@ class _Judge:
 
     def _by_row(self, step: int) -> tuple[Tensor, Estimate]:
         terms = row_terms(self.pair, _SCORED_DRAWS if self.pair.latents else 1)
-        log_lik, kl = terms.log_lik.mean(0), terms.kl.mean(0)
-        elbo = Estimate.from_draws((log_lik - kl).double())
+        elbo = Estimate.from_draws((terms.log_lik - terms.kl).mean(0).double())
         elbo = Estimate(self.total * elbo.value, self.total * elbo.se)
-        owner = owner_of(self.pair.model)
-        if not isinstance(owner, Anneals):
-            return log_lik - kl, elbo
-        free = float(owner.free_bits) * sum(math.prod(z.event_shape) for z in self.pair.latents)
-        return log_lik - owner.kl_weight(step) * kl.clamp_min(free), elbo
+        owner, kl = owner_of(self.pair.model), terms.kl
+        if isinstance(owner, Anneals):
+            free = float(owner.free_bits) * sum(
+                math.prod(z.event_shape) for z in self.pair.latents
+            )
+            # What is free is so on the mean over draws, not for each of them.
+            kl = kl.mean(0).clamp_min(free).expand_as(kl) if free else kl
+            kl = owner.kl_weight(step) * kl
+        score = terms.log_lik - kl
+        return (score.mean(0) if self.held is not None else score), elbo
