@@ -62,6 +62,7 @@ RULES = [
     ({"moments": moments(shift=0.2, se=0.15)}, "use", "k-hat"),
     ({"moments": moments(shift=0.5)}, BAD, "mean of tau"),
     ({"moments": moments(ratio=0.8)}, CARE, "sd of tau is 0.8"),
+    ({"moments": moments(ratio=0.834, se=0.018)}, CARE, "sd of tau is 0.83"),
     ({"moments": moments(ratio=1.3)}, CARE, "sd of tau is 1.3"),
     ({"moments": moments(ratio=0.4)}, BAD, "sd of tau"),
     ({"moments": None}, "use", "k-hat"),
