@@ -11,8 +11,8 @@ stages describe the same distribution,
 whose left side is the squared shift per latent in posterior standard deviations, and the ELBO has
 gained nothing beyond its error. A stage that falls far below the best one, or that ends without a
 finite loss (three times at most), is taken back, and the climb goes on from there at a much lower
-rate. A guide of ours is moved into its own frame before
-each stage, so that the rate, too, is in posterior standard deviations.
+rate. A guide of ours is moved into its own frame before each stage, so that the rate, too, is in
+posterior standard deviations.
 
 Letters: L latent numbers, P particles.
 
