@@ -2,8 +2,11 @@ r"""How to climb where the pair has networks.
 
 The weights of a network have directions that change nothing, and drift along them for ever: that
 they come to rest, which decides elsewhere, cannot be asked of them. Here the objective decides.
-A stage runs Adam at a constant rate and averages the weights of its second half. The average is
-scored, with the same rows and the same noise each time, so that a gain has a small error:
+Stages run Adam at a constant rate, and average the weights over all steps at this rate, the later
+ones the more: step t counts as :math:`t (t + 1) (t + 2)`. The longer a rate lasts, the less the noise of
+its steps is left in the average, while what the weights still have to go is soon forgotten. After
+each stage the average is scored, with the same rows and the same noise, so that a gain has a small
+error:
 
 .. math:: g = \frac{1}{M} \sum_m (\ell_m^\text{new} - \ell_m^\text{best}), \qquad
           \ell_m = \mathbb{E}_q \log p(x_m \mid z_m) - \beta \, \mathrm{KL}_m .
@@ -21,6 +24,8 @@ climb then ends where they get no better, at the average that was best for them.
 Letters: M rows that are scored, P particles.
 
 References:
+    | Stochastic gradient descent for non-smooth optimization: convergence results and optimal
+      averaging schemes (Shamir & Zhang, 2013)
     | Averaging weights leads to wider optima (Izmailov et al., 2018)
     | Early stopping, but when? (Prechelt, 1998)
 """
@@ -28,7 +33,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -60,6 +65,7 @@ _NUMBER = ("one", "two", "three", "four", "five")
 _SCORED_ROWS, _SCORED_DRAWS = 2048, 4
 _FAILURES = 3
 _AVERAGE_EVERY = 5  # steps
+_LATER = 3  # power by which later steps count more in an average
 
 
 def has_networks(pair: Pair) -> bool:
@@ -147,7 +153,7 @@ class NetworkClimb:
         for k in range(num_rates):
             self.restore(origin)
             try:
-                average = self._stage(self._adam(rate * _FALL**k), steps, rate * _FALL**k)
+                average = self._stage(*self._at(rate * _FALL**k), steps)
             except FitDivergedError:
                 if k == 0:
                     raise
@@ -167,8 +173,8 @@ class NetworkClimb:
 
     def until_converged(self) -> None:
         """Stages until the objective gains nothing at several rates, or the steps run out."""
-        rate, idle, falls = self.lr, 0, 0
-        optimiser = self._adam(rate)
+        rate, idle, falls, top = self.lr, 0, 0, 0.0
+        optimiser, mean = self._at(rate)
         best_state = self.state()
         best = self._score_at(best_state, recorded=bool(self.stage_elbos))
         while True:
@@ -178,12 +184,14 @@ class NetworkClimb:
                 self.stop_reason = f"max_steps: {self.num_steps} steps, {gained}"
                 return
             steps = min(self._length(), self.max_steps - self.num_steps)
-            average = self._stage(optimiser, steps, rate)
+            average = self._stage(optimiser, mean, steps)
             score = self._score_at(average)
             gain = self._gain(score, best)
             if self._annealing() or self._is_gain(gain):
-                best, best_state, idle = score, average, 0
+                best, best_state, top, idle = score, average, 0.0, 0
                 continue
+            if gain.value > top:  # too little to go on for, but better all the same
+                best_state, top = average, gain.value
             idle += 1
             if idle < _PATIENCE:
                 continue
@@ -193,7 +201,7 @@ class NetworkClimb:
                 self.stop_reason = self._why(gain, rate)
                 return
             falls, idle, rate = falls + 1, 0, rate / _FALL
-            optimiser = self._adam(rate)
+            optimiser, mean = self._at(rate)
 
     def state(self) -> State:
         """A copy of everything that moves."""
@@ -205,13 +213,11 @@ class NetworkClimb:
             for name, parameter in self.pair.parameters().items():
                 parameter.copy_(state[name])
 
-    def _stage(self, optimiser: torch.optim.Optimizer, num_steps: int, rate: float) -> State:
-        """Steps at one rate, and the average of the second half of them."""
-        named = self.pair.parameters()
-        parameters = list(named.values())
+    def _stage(self, optimiser: torch.optim.Optimizer, mean: _Mean, num_steps: int) -> State:
+        """Steps at one rate, and the average of all that were taken at it."""
+        rates = [group["lr"] for group in optimiser.param_groups]
         self.stage_starts.append(self.num_steps)
-        average = [p.detach().clone() for p in parameters]
-        good, failures, taken, k = self.state(), 0, 0, 0
+        good, failures, k = self.state(), 0, 0
         while k < num_steps:
             value = self._step(optimiser, failures)
             if not math.isfinite(value):
@@ -229,16 +235,15 @@ class NetworkClimb:
             self.losses.append(-value)
             self.tick(self.num_steps, -value)
             k += 1
-            if 2 * k > num_steps and (num_steps - k) % _AVERAGE_EVERY == 0:
-                taken += 1
-                with torch.no_grad():
-                    torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 / taken)
-        for group in optimiser.param_groups:
+            if (num_steps - k) % _AVERAGE_EVERY == 0:
+                mean.add([p.detach() for p in self.pair.parameters().values()])
+        for group, rate in zip(optimiser.param_groups, rates, strict=True):
             group["lr"] = rate
-        return dict(zip(named, average, strict=True))
+        return mean.state(self.pair.parameters())
 
-    def _adam(self, rate: float) -> torch.optim.Optimizer:
-        return torch.optim.Adam([*self.pair.parameters().values()], lr=rate, fused=True)
+    def _at(self, rate: float) -> tuple[torch.optim.Optimizer, _Mean]:
+        parameters = [*self.pair.parameters().values()]
+        return torch.optim.Adam(parameters, lr=rate, fused=True), _Mean()
 
     def _step(self, optimiser: torch.optim.Optimizer, attempt: int) -> float:
         step = self.num_steps
@@ -295,6 +300,26 @@ class NetworkClimb:
             f"{what} gained nothing more at {_NUMBER[self._falls]} rates: {gain} nats per datum "
             f"in the last {_PATIENCE} stages (rate {rate:.2g})"
         )
+
+
+@dataclass
+class _Mean:
+    """The average of the weights at one rate, the later ones the more."""
+
+    weights: list[Tensor] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, weights: list[Tensor]) -> None:
+        """One more: of n it counts as (1 + _LATER) / (n + _LATER)."""
+        self.count += 1
+        if not self.weights:
+            self.weights = [w.clone() for w in weights]
+            return
+        torch._foreach_lerp_(self.weights, weights, (1 + _LATER) / (self.count + _LATER))
+
+    def state(self, named: Mapping[str, Tensor]) -> State:
+        """A copy of it, by the names of the weights."""
+        return {name: w.clone() for name, w in zip(named, self.weights, strict=True)}
 
 
 @dataclass(frozen=True)
