@@ -2,11 +2,20 @@ r"""Latent sites: where their values live, and how the real line is bent to get 
 
 A latent z with support :math:`\mathcal{S}` is written :math:`z = T(u)` with u free on the real
 line and T a bijection onto :math:`\mathcal{S}`; its density is that of u over :math:`|dz/du|`.
+
+Guides are Gaussian in u, or flows of a Gaussian, so T should make tails Gaussian. Torch maps an
+interval by the logistic function; what is uniform then has the tails :math:`e^{-|u|}`, and the
+importance weights of any Gaussian have no mean there, however close it is (k-hat nears 1). The
+normal distribution function :math:`\Phi` maps a standard normal to what is uniform, and the tails
+of a :math:`\mathrm{Beta}(a, b)` to :math:`e^{-a u^2 / 2}` and :math:`e^{-b u^2 / 2}`. Intervals,
+and simplices stick by stick, are mapped by it.
+
 Sites and supports have a form of plain values too, so that a guide is stored without a pickle.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +25,18 @@ from pyro.distributions import constraints
 from pyro.distributions.transforms import CholeskyTransform
 from torch import Size, Tensor
 from torch.distributions import biject_to
-from torch.distributions.transforms import ComposeTransform, IndependentTransform, Transform
+from torch.distributions.transforms import (
+    AffineTransform,
+    ComposeTransform,
+    IndependentTransform,
+    Transform,
+)
 from torch.distributions.utils import tril_matrix_to_vec, vec_to_tril_matrix
+from torch.nn.functional import pad
 
 __all__ = ["Latent", "bijection", "is_identity", "support_from_spec", "support_spec"]
+
+_LOG_2PI = math.log(2 * math.pi)
 
 # Supports without parameters, by the name that torch and Pyro give them.
 _PLAIN = (
@@ -132,6 +149,13 @@ def bijection(support: constraints.Constraint) -> Transform:
     if isinstance(support, constraints.independent):
         base = bijection(support.base_constraint)
         return IndependentTransform(base, support.reinterpreted_batch_ndims)
+    if type(support) in (constraints.interval, constraints.half_open_interval):
+        low, high = support.lower_bound, support.upper_bound
+        if isinstance(low, (int, float)) and (low, high) == (0, 1):
+            return _Normal()
+        return ComposeTransform([_Normal(), AffineTransform(low, high - low)])
+    if type(support) is type(constraints.simplex):
+        return _Sticks()
     if type(support) is type(constraints.lower_cholesky):
         return _LowerCholesky()
     if type(support) is type(constraints.positive_definite):
@@ -203,6 +227,68 @@ def support_from_spec(spec: Mapping[str, Any]) -> constraints.Constraint:
     if name in _BOUNDED:
         return getattr(constraints, name)(*(_bound(spec[bound]) for bound in _BOUNDED[name]))
     raise ValueError(f"support {name!r}: not known to this version of latentlab")
+
+
+class _Normal(Transform):
+    r"""The normal distribution function: :math:`z = \Phi(u)`."""
+
+    domain = constraints.real
+    codomain = constraints.unit_interval
+    bijective = True
+    sign = +1
+
+    def _call(self, x: Tensor) -> Tensor:
+        limits = torch.finfo(x.dtype)
+        return torch.special.ndtr(x).clamp(limits.tiny, 1 - limits.eps)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        limits = torch.finfo(y.dtype)
+        return torch.special.ndtri(y.clamp(limits.tiny, 1 - limits.eps))
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return -0.5 * (x**2 + _LOG_2PI)
+
+
+class _Sticks(Transform):
+    r"""Shares of a stick that is broken K - 1 times.
+
+    Each break leaves to share i the part :math:`v_i = \Phi(u_i + o_i)` of what is left, and
+    :math:`o_i = \Phi^{-1}(1 / (K - i + 1))`, so that u = 0 stands for equal shares.
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.simplex
+    bijective = True
+
+    def _call(self, x: Tensor) -> Tensor:
+        at = x + _equal_breaks(x)
+        taken, left = torch.special.log_ndtr(at), torch.special.log_ndtr(-at).cumsum(-1)
+        log_shares = pad(taken, (0, 1)) + pad(left, (1, 0))
+        return log_shares.clamp_min(math.log(torch.finfo(x.dtype).tiny)).exp()
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        y = y.clamp_min(torch.finfo(y.dtype).tiny)
+        left = y.flip(-1).cumsum(-1).flip(-1)
+        part, rest = y[..., :-1] / left[..., :-1], left[..., 1:] / left[..., :-1]
+        # The smaller one of the two has all its digits.
+        at = torch.special.ndtri(torch.minimum(part, rest)) * torch.where(part < rest, 1, -1)
+        return at - _equal_breaks(at)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        at = x + _equal_breaks(x)
+        left = torch.special.log_ndtr(-at).cumsum(-1)[..., :-1].sum(-1)
+        return left - 0.5 * (at**2 + _LOG_2PI).sum(-1)
+
+    def forward_shape(self, shape: Size) -> Size:
+        return Size((*shape[:-1], shape[-1] + 1))
+
+    def inverse_shape(self, shape: Size) -> Size:
+        return Size((*shape[:-1], shape[-1] - 1))
+
+
+def _equal_breaks(x: Tensor) -> Tensor:
+    num_left = torch.arange(x.shape[-1] + 1, 1, -1, dtype=x.dtype, device=x.device)
+    return torch.special.ndtri(1 / num_left)
 
 
 class _LowerCholesky(Transform):

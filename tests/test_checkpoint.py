@@ -496,8 +496,13 @@ def test_the_sha256_covers_facts_and_tensors(content, tmp_path):
 
 
 def test_a_newer_schema_is_said_to_be_newer(content, tmp_path):
-    newer = rewritten(content, lambda facts: facts.update(schema=2), sealed=True)
-    refused(newer, tmp_path, r"written by a newer latentlab \(schema 2, .*update latentlab")
+    newer = rewritten(content, lambda facts: facts.update(schema=3), sealed=True)
+    refused(newer, tmp_path, r"written by a newer latentlab \(schema 3, .*update latentlab")
+
+
+def test_an_older_schema_whose_numbers_mean_something_else_is_refused(content, tmp_path):
+    older = rewritten(content, lambda facts: facts.update(schema=1), sealed=True)
+    refused(older, tmp_path, r"written by an older latentlab \(schema 1, .*fit again")
 
 
 def test_a_model_that_this_version_does_not_know_is_named(content, tmp_path):

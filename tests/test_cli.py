@@ -545,7 +545,7 @@ class Trap:
 
 
 @pytest.mark.parametrize("command", ["check", "sample", "predict"])
-@pytest.mark.parametrize("fault", ["truncated", "flipped", "pickle", "newer", "empty"])
+@pytest.mark.parametrize("fault", ["truncated", "flipped", "pickle", "newer", "older", "empty"])
 def test_a_damaged_model_is_refused_and_never_run(
     fault, command, folder, data, tmp_path, monkeypatch
 ):
@@ -559,14 +559,16 @@ def test_a_damaged_model_is_refused_and_never_run(
         "pickle": pickle.dumps(Trap(str(trap))),
         "empty": b"",
     }
-    if fault == "newer":
-        monkeypatch.setattr(checkpoint, "_SCHEMA", 99)
-        ll.load(folder).save(tmp_path)
+    if fault in ("newer", "older"):
+        posterior = ll.load(folder)
+        monkeypatch.setattr(checkpoint, "_SCHEMA", 99 if fault == "newer" else 1)
+        posterior.save(tmp_path)
         monkeypatch.undo()
     else:
         (tmp_path / checkpoint.FILE).write_bytes(spoilt[fault])
     words = {"check": [], "sample": ["-n", 1], "predict": [data, "--out", tmp_path / "labels.csv"]}
-    refused(run(command, tmp_path, *words[command]), "newer" if fault == "newer" else "damaged")
+    words_of = fault if fault in ("newer", "older") else "damaged"
+    refused(run(command, tmp_path, *words[command]), words_of)
     assert [path.name for path in tmp_path.iterdir()] == [checkpoint.FILE]
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pyro.distributions import constraints
 from pyro.infer import Predictive
 from scipy import stats
-from torch.distributions import MultivariateNormal, TransformedDistribution, biject_to
+from torch.distributions import MultivariateNormal, TransformedDistribution
 from torch.distributions.transforms import IndependentTransform, ReshapeTransform
 
 import latentlab as ll
@@ -29,6 +29,7 @@ from latentlab.guides import (
     Point,
     guide_from_spec,
 )
+from latentlab.supports import bijection
 
 GAUSSIAN = [MeanField, FullRank]
 ALL = [MeanField, FullRank, Point]
@@ -102,7 +103,7 @@ def reference(guide):
     mean, covariance = map(torch.from_numpy, moments(guide))
     (site,) = guide.latents
     reshape = ReshapeTransform((len(mean),), site.free_shape)
-    bend = IndependentTransform(biject_to(site.support), len(site.batch_shape))
+    bend = IndependentTransform(bijection(site.support), len(site.batch_shape))
     return TransformedDistribution(MultivariateNormal(mean, covariance), [reshape, bend])
 
 
@@ -151,7 +152,7 @@ def test_joint_and_marginal_densities_of_several_sites(kind):
     parts, u, volume = {}, [], {}
     for site, width in zip(guide.latents, (2, 6, 6), strict=True):
         value = draws.values[site.name].reshape(7, *site.shape)
-        transform = biject_to(site.support)
+        transform = bijection(site.support)
         free = transform.inv(value)
         volume[site.name] = transform.log_abs_det_jacobian(free, value).reshape(7, -1).sum(1)
         start = sum(part.shape[1] for part in u)

@@ -3,10 +3,14 @@
 import copy
 import json
 
+import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from pyro.distributions import constraints
+from scipy import special, stats
 from torch.autograd.functional import jacobian
 
 from latentlab.supports import Latent, bijection, is_identity, support_from_spec, support_spec
@@ -161,6 +165,47 @@ def test_density_of_a_covariance_has_mass_one(n):
     weights = (wishart.log_prob(z) + transform.log_abs_det_jacobian(u, z) - log_q).exp()
     assert abs(float(weights.mean()) - 1) < 5 * float(weights.std()) / len(u) ** 0.5
     assert float(weights.std()) / len(u) ** 0.5 < 0.05
+
+
+def pulled_back(density, support, u):
+    transform = bijection(support)
+    z = transform(u)
+    return density.log_prob(z) + transform.log_abs_det_jacobian(u, z)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-3.0, 5.0)])
+def test_what_is_uniform_is_standard_normal_on_the_line(low, high):
+    u = torch.linspace(-8, 8, 33, dtype=torch.float64)
+    uniform = dist.Uniform(torch.tensor(low).double(), high, validate_args=False)
+    found = pulled_back(uniform, uniform.support, u)
+    torch.testing.assert_close(found, dist.Normal(0.0, 1.0).log_prob(u))
+
+
+@given(st.lists(st.floats(0.2, 20.0), min_size=2, max_size=6), st.integers(0, 99))
+def test_a_dirichlet_is_beta_breaks_of_a_stick_with_gaussian_tails(concentration, seed):
+    K, u = len(concentration), 3 * np.random.default_rng(seed).normal(size=len(concentration) - 1)
+    at = u + stats.norm.ppf(1 / np.arange(K, 1, -1))
+    left = np.cumsum(concentration[::-1])[::-1]
+    # Both sides of a break by the tail that has its digits.
+    log_v, log_rest = stats.norm.logcdf(at), stats.norm.logsf(at)
+    a, b = np.array(concentration[:-1]), left[1:]
+    expected = (a - 1) * log_v + (b - 1) * log_rest - special.betaln(a, b) + stats.norm.logpdf(at)
+    dirichlet = dist.Dirichlet(torch.tensor(concentration).double(), validate_args=False)
+    found = pulled_back(dirichlet, constraints.simplex, torch.from_numpy(u))
+    assert float(found) == pytest.approx(expected.sum(), rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shares_are_positive_and_add_up_however_far_out(dtype):
+    transform = bijection(constraints.simplex)
+    for u in 200 * torch.randn(50, 3, dtype=dtype):
+        u.requires_grad_()
+        shares = transform(u)
+        (shares.log().sum() + transform.log_abs_det_jacobian(u, shares)).backward()
+        assert (shares > 0).all()
+        assert float(shares.detach().sum()) == pytest.approx(1, rel=1e-6)
+        assert u.grad.isfinite().all()
+        assert transform.inv(shares.detach()).isfinite().all()
 
 
 def test_only_the_identity_is_one():

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["FILE", "digest_of", "fingerprint", "probe", "restore", "save", "write_atomically"]
 
 FILE = "model.safetensors"
-_SCHEMA = 1
+_SCHEMA = 2  # 2: intervals and simplices by the normal distribution function
 
 
 def save(posterior: Posterior, path: str | Path) -> Path:
@@ -438,6 +438,11 @@ def _read(path: str | Path) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
         raise ValueError(
             f"{file}: was written by a newer latentlab (schema {facts['schema']}, this one reads "
             f"{_SCHEMA}); update latentlab"
+        )
+    if facts["schema"] < _SCHEMA:
+        raise ValueError(
+            f"{file}: was written by an older latentlab (schema {facts['schema']}, this one reads "
+            f"{_SCHEMA}), whose guides mean other numbers; fit again, or load it with that version"
         )
     return file, facts, tensors
 

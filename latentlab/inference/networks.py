@@ -3,10 +3,10 @@ r"""How to climb where the pair has networks.
 The weights of a network have directions that change nothing, and drift along them for ever: that
 they come to rest, which decides elsewhere, cannot be asked of them. Here the objective decides.
 Stages run Adam at a constant rate, and average the weights over all steps at this rate, the later
-ones the more: step t counts as :math:`t (t + 1) (t + 2)`. The longer a rate lasts, the less the noise of
-its steps is left in the average, while what the weights still have to go is soon forgotten. After
-each stage the average is scored, with the same rows and the same noise, so that a gain has a small
-error:
+ones the more: step t counts as :math:`t (t + 1) (t + 2)`. The longer a rate lasts, the less noise
+of its steps is left in the average, while what the weights still have to go is soon forgotten.
+After each stage the average is scored, with the same rows and the same noise, so that a gain has a
+small error:
 
 .. math:: g = \frac{1}{M} \sum_m (\ell_m^\text{new} - \ell_m^\text{best}), \qquad
           \ell_m = \mathbb{E}_q \log p(x_m \mid z_m) - \beta \, \mathrm{KL}_m .

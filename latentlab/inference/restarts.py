@@ -115,5 +115,6 @@ def distances(
     for site, mean in means.items():
         gap = (mean - home.mean[site]).abs().double()
         gap = torch.where(gap == 0, gap, gap / home.sd[site].double())
-        far = torch.maximum(far, gap.reshape(len(places), -1).nan_to_num(nan=math.inf).amax(1))
+        gap = gap.reshape(len(places), -1).nan_to_num(nan=math.inf).amax(1)
+        far = torch.maximum(far, gap.cpu())
     return tuple(far.tolist())

@@ -111,7 +111,7 @@ def row_terms(pair: Pair, num_particles: int) -> RowTerms:
                 pair.data.call(pair.guide)
         draws = Draws(q.values, torch.zeros(num))
         log_p = objectives.site_log_probs(pair, draws)
-        zero = torch.zeros(num, 1)
+        zero = torch.zeros(num, 1, device=next(iter(log_p.values())).device)
         log_lik = sum((_by_row(pair, s, log_p[s], plate, num) for s in pair.observed), zero)
         kl = sum((_by_row(pair, s, value, plate, num) for s, value in q.log_prob.items()), zero)
         kl = kl - sum((_by_row(pair, z.name, log_p[z.name], plate, num) for z in pair.latents), 0)

@@ -20,12 +20,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor
-from torch.distributions import biject_to
 
 from latentlab.distributions import hmm
 from latentlab.distributions.emissions import Emission, EstimatesStates
 from latentlab.distributions.markov import log_likelihoods
 from latentlab.models.hmm_chain import Chain
+from latentlab.supports import bijection
 
 __all__ = ["find_start"]
 
@@ -198,7 +198,7 @@ def _climb(
     for site, prior in emission.sites().items():
         if site in known:
             continue
-        maps[site] = biject_to(prior.support)
+        maps[site] = bijection(prior.support)
         value = prior.sample((201,)).median(0).values.expand(K, *prior.event_shape)
         value = value if current is None else current[site]
         free[site] = maps[site].inv(value).detach().clone().requires_grad_()
