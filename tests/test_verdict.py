@@ -60,6 +60,7 @@ RULES = [
     ({"moments": moments(shift=0.05)}, "use", "k-hat"),
     ({"moments": moments(shift=-0.2)}, CARE, "mean of tau is off by -0.2"),
     ({"moments": moments(shift=0.2, se=0.15)}, "use", "k-hat"),
+    ({"moments": moments(shift=0.15, se=0.08)}, "use", "k-hat"),
     ({"moments": moments(shift=0.5)}, BAD, "mean of tau"),
     ({"moments": moments(ratio=0.8)}, CARE, "sd of tau is 0.8"),
     ({"moments": moments(ratio=0.834, se=0.018)}, CARE, "sd of tau is 0.83"),
