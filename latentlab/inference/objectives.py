@@ -349,14 +349,21 @@ def verify_vectorised(pair: Pair, num_particles: int = 3) -> str | None:
         except Exception as error:
             pair.vectorised = False
             what = (str(error).splitlines() or [""])[0]
-            return f"one particle at a time: with several, {type(error).__name__}: {what}"
+            return _slowly(f"{type(error).__name__}: {what}")
         pair.vectorised = False
         one_by_one = _all_values(pair, draws, drawn)
     for name, value in one_by_one.items():
         if not _agree(together[name], value):
-            return f"one particle at a time: with several, {name} comes out different"
+            return _slowly(f"{name} comes out different")
     pair.vectorised = True
     return None
+
+
+def _slowly(what: str) -> str:
+    return (
+        f"one particle at a time: with several, {what}; right, but slower: a model that lets its "
+        "latents have dimensions in front (w[..., 0], (x * w).sum(-1)) runs all at once"
+    )
 
 
 def _all_values(pair: Pair, draws: Draws, drawn: Draws) -> dict[str, Tensor]:
