@@ -148,15 +148,14 @@ class Climb:
                 self.pair.guide.recentre()
             try:
                 stationary = self._stage(min(most, remaining), rate)
+                new_draws, new_elbo = self._record()
+                fell = best.is_above(new_elbo, self.tol)
             except FitDivergedError:
                 diverged += 1
                 if diverged > _FAILURES or not math.isfinite(best.elbo.value):
                     raise
-                self.restore(best.state)
-                draws, elbo, rate = best.draws, best.elbo, rate / _FALL
-                continue
-            new_draws, new_elbo = self._record()
-            if best.is_above(new_elbo, self.tol):
+                fell = True
+            if fell:
                 self.restore(best.state)
                 draws, elbo, rate = best.draws, best.elbo, rate / _FALL
                 continue
