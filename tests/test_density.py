@@ -320,3 +320,13 @@ def test_bad_rows_are_named(x, says):
 def test_bad_arguments_are_named(arguments, says):
     with pytest.raises(ValueError, match=says):
         ll.FlowDensity(**arguments)
+
+
+@pytest.mark.parametrize("row", [0, 7, 23, 41, 59])
+def test_a_fault_is_told_of_the_rows_as_they_were_given(row):
+    x = torch.randn(60, 2, dtype=torch.float64)
+    x[row, 1] = torch.nan
+    with pytest.raises(ValueError, match=rf"x has 1 NaN \(first at \[{row}, 1\]\)"):
+        ll.fit(ll.FlowDensity(num_features=2), x, progress=False, max_steps=5)
+    with pytest.raises(ValueError, match=r"num_features=3, got \(60, 2\)"):
+        ll.fit(ll.FlowDensity(num_features=3), x.nan_to_num(), progress=False, max_steps=5)

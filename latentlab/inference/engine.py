@@ -142,10 +142,15 @@ def _fit(
     progress: bool | None,
 ) -> Posterior:
     begin, seed = time.perf_counter(), settings.seed
-    data, held = _kept_aside(model, data, held_out, seed)
-    pair, report = prepare(model, data, guide)
-    if not report.ok:
-        raise ValueError(_refusal(report.faults))
+    fitted, held = _kept_aside(model, data, held_out, seed)
+    try:
+        pair, report = prepare(model, fitted, guide)
+        if not report.ok:
+            raise ValueError(_refusal(report.faults))
+    except (TypeError, ValueError):
+        if held is not None:  # rows are counted as they were given
+            prepare(model, data, guide)
+        raise
     for fault in report.faults:
         warnings.warn(str(fault), stacklevel=3)
     batch_size = _batch_size(pair, settings.batch_size)
