@@ -134,6 +134,7 @@ class NetworkClimb:
     converged: bool = False
     _judge: _Judge | None = None
     _falls: int = _FALLS
+    _warm: State | None = None  # average of the stage that the climb goes on from
 
     @property
     def num_steps(self) -> int:
@@ -162,6 +163,7 @@ class NetworkClimb:
             score = float(self._score_at(average).mean())
             if k == 0 or score > best:
                 best, state, elbo, winner = score, self.state(), self.stage_elbos[-1], k
+                self._warm = average
         self.restore(state)
         self.lr, self._falls = self.lr * _FALL**winner, _FALLS + winner
         return Draws({}, torch.zeros(0)), elbo
@@ -177,6 +179,10 @@ class NetworkClimb:
         optimiser, mean = self._at(rate)
         best_state = self.state()
         best = self._score_at(best_state, recorded=bool(self.stage_elbos))
+        if self._warm is not None:
+            score = self._score_at(self._warm, recorded=True)
+            if score.mean() > best.mean():
+                best, best_state = score, self._warm
         while True:
             if self.num_steps >= self.max_steps:
                 self.restore(best_state)
