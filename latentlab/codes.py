@@ -105,9 +105,9 @@ def fit_codes(
     if isinstance(model, Autoencoder):
         codes = model.encode(x)
     else:
-        loc, scale = model.encode(x)
-        noise = torch.randn(loc.shape, generator=torch.Generator().manual_seed(as_seed(seed)))
-        codes = loc + scale * noise.to(loc)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(as_seed(seed))
+            codes = model.posterior(x).rsample()
     mixture = GaussianMixture(model.latent_dim, num_components, covariance="full")
     how = {"num_restarts": 1, "max_steps": max_steps, "seed": seed}
     return CodeMixture(model, fit(mixture, codes.double(), "point", **how, progress=False))

@@ -108,11 +108,11 @@ def test_shapes_go_there_and_back(D, L, N):
 
 
 def test_images_have_convolutional_networks():
-    x = torch.rand(20, 1, 8, 8)
-    ae = ll.Autoencoder(num_features=(1, 8, 8), latent_dim=3, loss="bce", hidden_dims=(16,))
+    x = torch.rand(20, 1, 12, 12)
+    ae = ll.Autoencoder(num_features=(1, 12, 12), latent_dim=3, loss="bce", hidden_dims=(16,))
     posterior = ll.fit(ae, x, batch_size=10, max_steps=20, progress=False)
     assert posterior.model.encode(x).shape == (20, 3)
-    assert posterior.model.reconstruct(x).shape == (20, 1, 8, 8)
+    assert posterior.model.reconstruct(x).shape == (20, 1, 12, 12)
     assert posterior.plot("fit").figure is not None
 
 
@@ -141,6 +141,30 @@ def test_a_saved_one_answers_alike(tmp_path):
     posterior.save(tmp_path)
     again = ll.load(tmp_path)
     assert torch.equal(again.model.encode(x), posterior.model.encode(x))
+
+
+def test_all_rows_are_known_again_though_a_share_of_them_was_kept_aside(tmp_path):
+    x = plane(60)
+    ae = ll.Autoencoder(num_features=5, latent_dim=2, hidden_dims=(8,), held_out=0.2)
+    posterior = ll.fit(ae, x, max_steps=100, seed=3, progress=False)
+    assert posterior.held_out is not None
+    folder = posterior.save(tmp_path / "ae")
+    again = ll.load(folder, data=x)
+    assert torch.equal(again.pair.data.args[0], posterior.pair.data.args[0])
+    assert not any("not the data" in reason for reason in again.check().reasons)
+    other = ll.load(folder, data=x + 1)
+    assert len(other.pair.data.args[0]) == len(x)
+    assert any("not the data" in reason for reason in other.check().reasons)
+
+
+def test_codes_without_a_prior_have_a_map_without_one(fitted):
+    x, posterior = fitted
+    figure = posterior.plot("fit")
+    last = figure.axes[-1]
+    assert len(last.lines) == 1
+    assert "prior" not in last.get_title(loc="left")
+    labels = [ax.get_label() for ax in figure.axes]
+    assert any("change of each column" in label for label in labels)
 
 
 def test_one_with_networks_of_your_own_is_loaded_into_them(fitted, tmp_path):

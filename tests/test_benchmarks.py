@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from benchmarks import Table, Timing, flows, svi, take_turns
+from benchmarks import Table, Timing, flows, svi, take_turns, vae
 
 
 @pytest.mark.parametrize("name", svi.cases())
@@ -17,6 +17,11 @@ def test_both_sides_of_a_step_run(name):
 @pytest.mark.parametrize("steps_of", [flows.ours, flows.zukos, flows.pyros])
 def test_a_step_of_every_flow_guide_runs(kind, steps_of):
     steps_of(kind)(2)
+
+
+@pytest.mark.parametrize("steps_of", [vae.our_steps, vae.plain_steps])
+def test_a_step_of_an_autoencoder_runs(steps_of):
+    steps_of(vae.data()[:256])(2)
 
 
 def test_turns_are_taken_by_all_and_give_the_work_its_time():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from latentlab.report.images import plot_images, plot_latents, plot_reconstructions
+from latentlab.report.images import plot_effects, plot_images, plot_latents, plot_reconstructions
 
 
 def shown(ax):
@@ -52,6 +52,32 @@ def test_a_map_shows_the_dimensions_that_are_used_most():
     assert line.get_xlabel() == "z[0], mean"
 
 
+def test_a_map_draws_the_prior_that_there_is_and_no_other():
+    loc = np.random.default_rng(0).normal(size=(30, 2))
+    assert len(plot_latents(loc, np.ones_like(loc)).lines) == 3  # dots and two circles
+    (dots,) = plot_latents(loc).lines
+    np.testing.assert_array_equal(dots.get_xdata(), loc[:, 0])
+    behind, dots = plot_latents(loc, prior=2 * loc).lines
+    np.testing.assert_array_equal(behind.get_xdata(), 2 * loc[:, 0])
+    assert behind.get_zorder() < dots.get_zorder()
+
+
+def test_codes_that_are_all_equal_have_a_picture():
+    plot_latents(np.full((5, 1), 3e4), np.ones((5, 1)))
+    plot_latents(np.zeros((5, 2)))
+
+
+def test_effects_stand_in_rows_of_latents_and_columns_of_the_table():
+    effects = np.array([[1.0, -2.0, np.nan], [0.0, 0.5, 1.0]])
+    ax = plot_effects(effects, ["a", "b", "c"], [1, 4])
+    shown_ = ax.images[0].get_array()
+    assert shown_.mask[0, 2]
+    assert shown_[0, 1] == -2.0
+    assert ax.images[0].get_clim() == (-2.0, 2.0)  # white is no change
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["z[1]", "z[4]"]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["a", "b", "c"]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -63,6 +89,7 @@ def test_a_map_shows_the_dimensions_that_are_used_most():
             "reconstructions: expected shape",
         ),
         (lambda: plot_latents(np.zeros((2, 1)), np.zeros((2, 2))), "scale: expected shape"),
+        (lambda: plot_effects(np.zeros((2, 1)), ["a"], [0]), "effects: expected shape"),
     ],
 )
 def test_faults_are_named(call, message):

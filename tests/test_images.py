@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import latentlab as ll
+from latentlab.data.images import as_images
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -113,3 +114,47 @@ def test_a_size_that_is_none_is_refused(tmp_path, size):
     write(tmp_path, "a.png", np.zeros((4, 6), np.uint8))
     with pytest.raises(ValueError, match="size: expected"):
         ll.data.load_images(tmp_path, size=size)
+
+
+IMAGES = np.random.default_rng(0).random((4, 1, 2, 3))
+
+
+def changed(place, value):
+    images = IMAGES.copy()
+    images[place] = value
+    return images
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, np.ndarray.tolist])
+def test_images_of_any_kind_are_numbers(kind):
+    found = as_images(kind(IMAGES), (1, 2, 3))
+    assert found.dtype == (torch.float64 if kind is torch.tensor else torch.float32)
+    np.testing.assert_allclose(found.numpy(), IMAGES, rtol=1e-6)
+    assert as_images((IMAGES > 0.5), (1, 2, 3)).unique().tolist() == [0.0, 1.0]
+
+
+def test_a_missing_pixel_stays_missing():
+    assert as_images(changed((2, 0, 1, 1), np.nan), (1, 2, 3)).isnan().sum() == 1
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "says"),
+    [
+        (changed((2, 0, 1, 1), np.inf), ValueError, r"1 inf \(first at \[2, 0, 1, 1\]\)"),
+        (changed((2, 0, 1, 1), 1e200), ValueError, "values beyond 2e\\+123"),
+        (changed((slice(None), 0, 1, 1), np.nan), ValueError, r"first at \[0, 1, 1\]"),
+        (IMAGES[:, 0], ValueError, r"expected shape \(N, 1, 2, 3\) .* got \(4, 2, 3\)"),
+        (IMAGES[:1], ValueError, "at least 2 images, got 1"),
+        (IMAGES.astype(str), TypeError, "got text"),
+        (IMAGES + 0j, TypeError, "complex128"),
+    ],
+    ids=str,
+)
+def test_images_that_cannot_be_computed_with_are_named(x, error, says):
+    with pytest.raises(error, match=says):
+        as_images(x, (1, 2, 3), min_rows=2)
+
+
+def test_images_that_are_all_equal_are_told():
+    with pytest.warns(UserWarning, match="all 4 images are equal"):
+        as_images(np.full((4, 1, 2, 3), 0.5), (1, 2, 3), min_rows=2)

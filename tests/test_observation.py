@@ -144,6 +144,18 @@ def test_draws_have_the_mean_they_are_said_to_have(name):
     torch.testing.assert_close(drawn.std(0), spread, rtol=0.1, atol=0.02)
 
 
+def test_the_average_over_decodings_is_the_mean_and_for_codes_the_most_probable_one():
+    """Two decodings, three to one: a code that both find likely beats the favourite of either."""
+    kinds = Columns(["gaussian", Categorical(3)]).bind((2,))
+    shares = np.array([[0.5, 0.0001, 0.4999], [0.0001, 0.6, 0.3999]])
+    params = torch.cat([torch.tensor([[1.0], [5.0]]), torch.tensor(shares).log()], 1).double()
+    weights = torch.tensor([0.75, 0.25]).double()
+    found = kinds.average(params[:, None], weights[:, None])
+    assert found.shape == (1, 2)
+    assert found[0, 0].item() == pytest.approx(0.75 * 1 + 0.25 * 5)
+    assert found[0, 1] == (weights.numpy() @ shares).argmax() == 2
+
+
 def test_the_mean_of_codes_is_the_most_probable_one():
     likelihood = Categorical(3).bind((2,)).double()
     params = torch.tensor([0.0, 2.0, 1.0, 0.0, 2.0, 1.0]).double()  # (C, D), flat
@@ -363,6 +375,12 @@ def test_cells_that_cannot_be_are_refused(likelihood, x, message):
         likelihood.check(cells)
     cells[1] = NAN
     likelihood.check(cells if x[0] >= 0 else cells.abs())
+
+
+@pytest.mark.parametrize(("most", "way"), [(254.0, "x / 255.0"), (2.0, "divide by 2")])
+def test_bytes_are_told_from_other_numbers(most, way):
+    with pytest.raises(ValueError, match=way):
+        Bernoulli().bind((2,)).check(torch.tensor([[0.0, most]]))
 
 
 def test_a_share_beyond_one_by_rounding_is_clamped():

@@ -5,9 +5,11 @@ import sys
 import matplotlib
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 
+import latentlab as ll
 from latentlab.report import (
     figure_svg,
     plot_intervals,
@@ -131,6 +133,15 @@ def test_losses_show_each_stage_its_elbo_and_the_stop():
     assert np.array_equal(np.c_[ends.get_data()], [[1000, 101], [2500, 100.5], [3000, 100]])
     assert ax.get_title("left") == r"stopped: \$ it is \$"
     assert ax.get_ylim()[1] < 110  # the steep beginning does not flatten the end
+
+
+def test_a_climb_that_is_judged_by_rows_kept_aside_says_so():
+    x = torch.randn(60, 1, dtype=torch.float64)
+    flow = ll.fit(ll.FlowDensity(num_features=1), x, max_steps=20, progress=False)
+    normal = ll.fit(ll.GaussianMixture(1, 1), x, max_steps=200, held_out=0.2, progress=False)
+    for posterior, rows in ((flow, "rows kept aside"), (normal, "ELBO")):
+        labels = posterior.plot("losses").get_legend_handles_labels()[1]
+        assert labels == ["loss", f"{rows}, at a stage's end"]
 
 
 def test_losses_draw_the_median_of_blocks_and_skip_what_is_not_finite():

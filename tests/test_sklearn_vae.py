@@ -11,6 +11,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
+from latentlab.distributions import Categorical
 from latentlab.sklearn import PPCA, VAE
 
 
@@ -83,6 +84,15 @@ def test_missing_cells_are_imputed_and_others_stay(fitted):
     assert np.array_equal(full[1::2], x[1::2])
     assert np.isfinite(fitted.transform(x)).all()
     assert np.isfinite(fitted.score_samples(x)).all()
+
+
+def test_a_missing_code_is_a_code():
+    x = np.random.default_rng(0).integers(3, size=(40, 3)).astype(float)
+    x[:9, 1] = np.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        vae = VAE(1, likelihood=Categorical(3), hidden_layer_sizes=(8,), max_iter=30).fit(x)
+    assert set(vae.impute(x)[:9, 1]) <= {0.0, 1.0, 2.0}
 
 
 def test_samples_have_a_seed(fitted):

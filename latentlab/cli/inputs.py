@@ -21,6 +21,7 @@ __all__ = [
     "expect_writable",
     "listed",
     "names_of",
+    "seeded",
     "warn_of",
 ]
 
@@ -40,6 +41,16 @@ def bad_input() -> Iterator[None]:
         yield
     except (ImportError, MemoryError, OSError, TypeError, ValueError) as error:
         raise BadInputError(str(error) or type(error).__name__) from error
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Networks that are built in here start at weights that the seed decides."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def listed(columns: str | None) -> list[str] | None:

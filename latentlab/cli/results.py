@@ -45,11 +45,11 @@ def fit_and_write(
     data: Any,  # noqa: ANN401
     out: Path,
     settings: Mapping[str, Any],
-    texts: Mapping[str, str] | None = None,
+    files: Mapping[str, bytes] | None = None,
     *,
     as_json: bool,
 ) -> None:
-    """Fit, judge, write and show; ``texts`` are further files for the folder."""
+    """Fit, judge, write and show; ``files`` are further ones for the folder."""
     with results_in(out) as aside:
         try:
             with bad_input():
@@ -59,8 +59,9 @@ def fit_and_write(
         with busy("checking the fit and writing its report"):
             verdict, summary = posterior.check(), posterior.summary()
             figure = _figure(posterior)
-            for name, text in (texts or {}).items():
-                (aside / name).write_text(text, encoding="utf-8")
+            for name, content in (files or {}).items():
+                (aside / name).parent.mkdir(exist_ok=True)
+                (aside / name).write_bytes(content)
             posterior.report(aside / FILES["report"])
             posterior.to_arviz().to_netcdf(str(aside / FILES["posterior"]))
             summary.to_csv(aside / FILES["summary"], index=False)
@@ -88,8 +89,10 @@ def results_in(out: Path) -> Iterator[Path]:
         probe(out)
         with TemporaryDirectory(dir=out, prefix=".latentlab-") as aside:
             yield Path(aside)
-            for file in Path(aside).iterdir():
-                file.replace(out / file.name)
+            for file in [path for path in Path(aside).rglob("*") if path.is_file()]:
+                place = out / file.relative_to(aside)
+                place.parent.mkdir(exist_ok=True)
+                file.replace(place)
     except BaseException:
         for folder in made:
             with suppress(OSError):

@@ -6,6 +6,7 @@ Letters: N images, C channels, H height, W width.
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentlab.data.table import listed
+from latentlab.data.convert import from_array
+from latentlab.data.table import Table, listed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Images", "load_images"]
+__all__ = ["Images", "as_images", "load_images"]
 
 _DEEP = 65_535  # the white of 16 bits
 
@@ -85,6 +87,67 @@ def load_images(
             )
         pictures.append(picture)
     return Images(torch.from_numpy(np.stack(pictures)), tuple(file.name for file in files))
+
+
+def as_images(
+    x: object, shape: tuple[int, ...], *, argument: str = "x", min_rows: int = 1
+) -> Tensor:
+    """Images that can be computed with, whatever they came in.
+
+    Arguments:
+        x: a tensor, an array or a nested list, shape (N, C, H, W), NaN where a pixel is missing. A
+            floating tensor stays as it is, all else becomes torch's default type.
+        shape: (C, H, W) that they must have.
+        argument: what messages call ``x``.
+        min_rows: the least number of images. From 2 on, there is something to learn, and a pixel
+            that is never there is an error.
+
+    Returns:
+        The images, shape (N, C, H, W); after a warning if all of several are equal.
+
+    Raises:
+        TypeError: for text, complex or sparse values.
+        ValueError: for another shape, too few images, infinite or huge values.
+
+    Example:
+        >>> as_images(np.zeros((2, 1, 4, 4)), (1, 4, 4)).dtype
+        torch.float32
+    """
+    values: Any = x.x if isinstance(x, Table) else x
+    if not isinstance(values, Tensor):
+        values = np.asarray(values)
+    if tuple(values.shape[1:]) != shape:
+        sizes = ", ".join(map(str, shape))
+        raise ValueError(
+            f"{argument}: expected shape (N, {sizes}) to match the decoder, got "
+            f"{tuple(values.shape)}"
+        )
+    if len(values) < min_rows:
+        raise ValueError(
+            f"{argument}: expected at least {min_rows} images, got {len(values)}; add data"
+        )
+    cells = from_array(values.reshape(len(values), -1), argument=argument).x
+    cells = cells.detach().reshape(-1, *shape)
+    size = cells.abs()
+    limit = torch.finfo(cells.dtype).max ** 0.4  # beyond it, sums of squares overflow
+    for found, what, way in (
+        (size.isinf(), "inf", "replace it by a number, or by NaN where it is not known"),
+        (size > limit, f"values beyond {limit:.0e} ({cells.dtype})", "choose a larger unit"),
+    ):
+        if found.any():
+            first = found.nonzero()[0].tolist()
+            raise ValueError(f"{argument} has {int(found.sum())} {what} (first at {first}); {way}")
+    empty = cells.isnan().all(0)
+    if min_rows > 1 and empty.any():
+        first = empty.nonzero()[0].tolist()
+        raise ValueError(
+            f"{argument}: expected numbers, but {int(empty.sum())} pixels are NaN in all images "
+            f"(first at {first}); cut the images to those that are there"
+        )
+    if min_rows > 1 and len(cells) and bool(((cells == cells[:1]) | cells.isnan()).all()):
+        warnings.warn(f"{argument}: all {len(cells)} images are equal", stacklevel=2)
+    float_tensor = isinstance(values, Tensor) and values.is_floating_point()
+    return cells if float_tensor else cells.to(torch.get_default_dtype())
 
 
 def _checked_size(size: Any) -> tuple[int, int]:  # noqa: ANN401

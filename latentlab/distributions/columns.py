@@ -144,6 +144,11 @@ class Columns(Likelihood):
         pieces = [part.mean(piece) for part, piece in self._pieces(params)]
         return torch.cat(pieces, -1).index_select(-1, self.order)
 
+    def average(self, params: Tensor, weights: Tensor) -> Tensor:
+        """Mean of each cell over several decoder's numbers; a code where there are codes."""
+        pieces = [part.average(piece, weights) for part, piece in self._pieces(params)]
+        return torch.cat(pieces, -1).index_select(-1, self.order)
+
     def _pairs(self) -> list[tuple[Likelihood, tuple[int, ...]]]:
         return list(zip(self.parts, self.places, strict=True))  # type: ignore[arg-type]
 

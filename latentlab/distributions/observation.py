@@ -44,6 +44,7 @@ from latentlab.distributions.cells import Cells
 __all__ = ["Bernoulli", "Categorical", "Gaussian", "Likelihood", "Poisson"]
 
 _FLOOR = 1e-3  # of a standard deviation, in units of the data's
+_BYTE = 255  # the white of images that are not in [0, 1] yet
 _ROUNDING = 1e-4  # by which a share may leave [0, 1]
 
 
@@ -124,6 +125,15 @@ class Likelihood(nn.Module):
     def mean(self, params: Tensor) -> Tensor:
         """Mean of each cell, shape ``(..., *event)``, in the units of the data."""
         return self.distribution(params).mean
+
+    def average(self, params: Tensor, weights: Tensor) -> Tensor:
+        """Mean of each cell where the decoder's numbers are one of several, ``(..., *event)``.
+
+        Arguments:
+            params: several of them along the first axis, (S, ..., M D) or (S, ..., M C, H, W).
+            weights: their probabilities, (S, ...).
+        """
+        return _weighted(self.mean(params), weights)
 
     def split(self, params: Tensor) -> tuple[Tensor, ...]:
         """The M numbers of each cell: M tensors of shape ``(..., *event)``."""
@@ -272,7 +282,8 @@ class Bernoulli(Likelihood):
         if low < -_ROUNDING or high > 1 + _ROUNDING:
             what, worst = ("max", high) if high > 1 + _ROUNDING else ("min", low)
             way = f"divide by {high:g}" if low >= 0 else "take the Gaussian likelihood"
-            way = "divide by 255: x / 255.0" if low >= 0 and high == 255 else way
+            bytes_ = _BYTE // 2 < high <= _BYTE and bool((x == x.floor())[~x.isnan()].all())
+            way = "divide by 255: x / 255.0" if low >= 0 and bytes_ else way
             raise ValueError(f"{argument}: expected [0, 1], got {what} {worst:g}; {way}")
         if low < 0 or high > 1:
             warnings.warn(
@@ -398,6 +409,16 @@ class Categorical(Likelihood):
     def mean(self, params: Tensor) -> Tensor:
         """The most probable code of each cell, as a floating number."""
         return self.cells(params).logits.argmax(-1).to(params.dtype)
+
+    def average(self, params: Tensor, weights: Tensor) -> Tensor:
+        """The most probable code of each cell, as a floating number: codes have no mean."""
+        return _weighted(self.cells(params).probs, weights).argmax(-1).to(params.dtype)
+
+
+def _weighted(values: Tensor, weights: Tensor) -> Tensor:
+    """Mean of values (S, ..., *rest) by weights (S, ...), one value after another."""
+    weights = weights.reshape(*weights.shape, *(1,) * (values.dim() - weights.dim()))
+    return (weights.to(values.dtype) * values).sum(0)
 
 
 def _range(x: Tensor) -> tuple[float, float]:

@@ -198,8 +198,10 @@ def _is_array(value: object) -> bool:
 
 
 def _dtype_of(model: Callable) -> torch.dtype | None:
+    """The widest type of its numbers: one that keeps the data's units in double wants them so."""
     for module in modules_of(model):
-        for parameter in module.parameters():
-            if parameter.is_floating_point():
-                return parameter.dtype
+        numbers = (*module.parameters(), *module.buffers())
+        found = [n.dtype for n in numbers if n.is_floating_point()]
+        if any(p.is_floating_point() for p in module.parameters()):
+            return max(found, key=lambda dtype: torch.finfo(dtype).bits)
     return None

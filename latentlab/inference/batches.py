@@ -14,7 +14,7 @@ from latentlab.inference import predictive
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.sandbox import stream
 
-__all__ = ["BatchRows", "chosen", "follows_rows", "num_rows", "split", "take"]
+__all__ = ["BatchRows", "chosen", "follows_rows", "num_rows", "parted", "split", "take"]
 
 
 def num_rows(data: Arguments) -> int | None:
@@ -89,6 +89,18 @@ def split(data: Arguments, share: float, seed: int) -> tuple[Arguments, Argument
             f"held_out: expected a share that leaves at least 2 rows on either side, got {share} "
             f"of {total} rows; leave it at 0"
         )
+    return parted(data, count, seed)
+
+
+def parted(data: Arguments, count: int, seed: int) -> tuple[Arguments, Arguments]:
+    """All rows but so many, and these.
+
+    Arguments:
+        data: with rows, more than ``count``.
+        count: rows that are kept aside.
+        seed: of the choice.
+    """
+    total = num_rows(data) or 0
     kept = chosen(count, total, stream(seed, "held out"))
     others = torch.ones(total, dtype=torch.bool).index_fill(0, kept, False).nonzero()[:, 0]
     return take(data, others), take(data, kept)

@@ -20,6 +20,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_factor
 from torch import Tensor, nn
 
+from latentlab.data.sequences import Sequences
 from latentlab.data.table import Table
 from latentlab.guides import (
     Amortised,
@@ -230,10 +231,12 @@ def _widen(pair: Pair, count: int, total: int) -> None:
 
 
 def _with_names(arguments: Arguments) -> tuple[list, dict[str, Any]]:
-    """The arguments, the first of them a table where its columns have names."""
+    """The arguments, the first of them a table, or sequences, where its columns have names."""
     args, kwargs = [*arguments.args], dict(arguments.kwargs)
     if arguments.names and args and args[0].dim() == 2:
         args[0] = Table(args[0], arguments.names)
+    elif arguments.names and len(args) == 2 and args[0].dim() == 3:
+        args[0] = Sequences(args[0], args[1], arguments.names)
     elif arguments.names and not args:
         first = next(iter(kwargs))
         kwargs[first] = Table(kwargs[first], arguments.names)

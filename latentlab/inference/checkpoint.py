@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from latentlab.diagnostics import Estimate
 from latentlab.guides import Amortised, Guide, Latent, guide_from_spec
 from latentlab.inference import objectives
+from latentlab.inference.batches import num_rows, parted
 from latentlab.inference.held_out import HeldOut
 from latentlab.inference.pair import Arguments, Pair, copy_pair, modules_of
 from latentlab.inference.predictive import as_fitted
@@ -97,7 +98,7 @@ def restore(
     pair = Pair(model, guide, _placeholder(facts), dtype, **_sites(facts))
     has_data = data is not None or not (pair.data.args or pair.data.kwargs)
     if data is not None:
-        pair.data = as_fitted(data, pair)
+        pair.data = _without_kept(as_fitted(data, pair), pair.data, facts)
     _fill(file, pair, facts, tensors)
     return Posterior(
         pair=pair,
@@ -120,6 +121,15 @@ def restore(
         reads_data=not has_data and _reads_data(pair),
         held_out_rows=HeldOut.from_spec(facts.get("held_out")),
     )
+
+
+def _without_kept(data: Arguments, fitted: Arguments, facts: Mapping[str, Any]) -> Arguments:
+    """Of all rows that a fit was given those that it did not keep aside; else the data as is."""
+    more = (num_rows(data) or 0) - (num_rows(fitted) or 0)
+    if facts.get("held_out") is None or more <= 0:
+        return data
+    rows, _ = parted(data, more, facts["seed"])
+    return rows if fingerprint(rows) == facts["fitted_to"] else data
 
 
 def fingerprint(data: Arguments) -> str:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from latentlab.inference.batches import follows_rows
+from latentlab.inference.networks import has_networks
 from latentlab.protocols import DrawsFit, owner_of
 
 if TYPE_CHECKING:
@@ -81,7 +83,7 @@ def write_report(posterior: Posterior, path: str | Path) -> Path:
 # ---- pictures --------------------------------------------------------------------------------
 
 
-def _fit(posterior: Posterior) -> Axes:
+def _fit(posterior: Posterior) -> Axes | Figure:
     posterior._need_data("plot")
     owner, tables = owner_of(posterior.model), posterior.pair.data.tensors()
     if not isinstance(owner, DrawsFit) or not tables:
@@ -99,7 +101,11 @@ def _losses(posterior: Posterior, stop_reason: str | None = None) -> Axes:
 
     elbos = [elbo.value for elbo in posterior.stage_elbos]
     starts = posterior.stage_starts
-    return plot_losses(posterior.losses.numpy(), starts, elbos, stop_reason=stop_reason)
+    pair = posterior.pair
+    held_out = posterior.held_out is not None and has_networks(pair) and follows_rows(pair)
+    return plot_losses(
+        posterior.losses.numpy(), starts, elbos, stop_reason=stop_reason, held_out=held_out
+    )
 
 
 def _intervals(posterior: Posterior) -> Figure:
@@ -314,5 +320,7 @@ def _name(function: Callable) -> str:
     return name if owner is None else f"{type(owner).__name__}.{name}"
 
 
-def _figure(ax: Axes) -> Figure:
-    return cast("Figure", ax.get_figure())
+def _figure(picture: Axes | Figure) -> Figure:
+    from matplotlib.figure import Figure
+
+    return picture if isinstance(picture, Figure) else cast("Figure", picture.get_figure())

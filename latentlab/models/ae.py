@@ -26,18 +26,20 @@ import torch
 from torch import Tensor, nn
 
 from latentlab.data.checks import as_count, as_rows, warn_constant
+from latentlab.data.images import as_images
 from latentlab.data.table import Table
 from latentlab.distributions import Bernoulli, Gaussian, Likelihood
 from latentlab.distributions.cells import may_miss
 from latentlab.models import vae_nets as nets
+from latentlab.models.gmm_units import mean_and_sd, warn_far
 from latentlab.models.vae_parts import read
+from latentlab.models.vae_pictures import PLOTTED, Coded, plot_autoencoder
 from latentlab.plates import rows
 
 __all__ = ["Autoencoder"]
 
 _LOSSES: dict[str, type[Gaussian] | type[Bernoulli]] = {"mse": Gaussian, "bce": Bernoulli}
 _CHUNK = 2**23  # numbers of (B, D) held at a time
-_PLOTTED = 2_000
 
 
 class Autoencoder(nn.Module):
@@ -92,7 +94,8 @@ class Autoencoder(nn.Module):
         self.loss, self.held_out = loss, float(held_out)
         # A mean squared error weighs all cells alike: one unit for all of them.
         self.likelihood: Likelihood = Gaussian(units="table") if loss == "mse" else Bernoulli()
-        self._recipe = None if encoder or decoder else {"hidden_dims": list(hidden_dims)}
+        built_here = encoder is None and decoder is None
+        self._recipe = {"hidden_dims": list(hidden_dims)} if built_here else None
         plan = nets.Plan(self.likelihood, L, num_features, tuple(hidden_dims), missing=False)
         built = nets.complete(plan, encoder, decoder, num_context=0)
         self.encoder, self.decoder, self.event_shape = built[:3]
@@ -134,8 +137,12 @@ class Autoencoder(nn.Module):
         """
         cells = self._rows(x, min_rows=2)
         # A constant column does no harm: all cells have one unit. Rows that are all equal do.
-        if len(self.event_shape) == 1 and bool((cells == cells[:1]).all()):
-            warn_constant(as_rows(cells))
+        if len(self.event_shape) == 1:
+            table = as_rows(x, allow_missing=True)
+            if bool((cells == cells[:1]).all()):
+                warn_constant(table)
+            if self.loss == "mse":
+                warn_far(table, mean_and_sd(cells)[1])
         with torch.no_grad():
             self.likelihood.measure(cells)
         return self
@@ -192,16 +199,11 @@ class Autoencoder(nn.Module):
         return columns | {"error": self.error(x)}
 
     def plot_fit(self, draws: Mapping[str, Tensor], names: Sequence[str], x: Tensor) -> Any:  # noqa: ANN401
-        """Images with their reconstructions, or a map of the codes; returns matplotlib axes."""
-        from latentlab.report.images import plot_latents, plot_reconstructions
-
-        some = x[:: -(-len(x) // _PLOTTED)]
-        if len(self.event_shape) == 3:
-            some = some[:: -(-len(some) // 10)]
-            back = self.reconstruct(some).numpy(force=True)
-            return plot_reconstructions(some.numpy(force=True), back)
-        codes = self.encode(some)
-        return plot_latents(codes.numpy(force=True), torch.ones_like(codes).numpy(force=True))
+        """Reconstructions, what each number of the code does, a map; a matplotlib figure."""
+        some = x[:: -(-len(x) // PLOTTED)]
+        return plot_autoencoder(
+            Coded(some, names, self.likelihood, self.decode, self.encode(some))
+        )
 
     def spec(self) -> dict[str, Any]:
         """What builds this model again, where its networks are ours."""
@@ -232,13 +234,10 @@ class Autoencoder(nn.Module):
     def _rows(self, x: Tensor | Table, min_rows: int) -> Tensor:
         if len(self.event_shape) == 1:
             cells = as_rows(x, min_rows=min_rows, allow_missing=True).x
+            if tuple(cells.shape[1:]) != self.event_shape:
+                raise self._other_shape(cells)
         else:
-            cells = torch.as_tensor(x.x if isinstance(x, Table) else x).detach()
-            cells = cells if cells.is_floating_point() else cells.to(torch.get_default_dtype())
-        if tuple(cells.shape[1:]) != self.event_shape:
-            raise self._other_shape(cells)
-        if len(cells) < min_rows:
-            raise ValueError(f"x: expected at least {min_rows} rows, got {len(cells)}")
+            cells = as_images(x, self.event_shape, min_rows=min_rows)
         self.likelihood.check(cells)
         return cells
 

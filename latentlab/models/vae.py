@@ -34,10 +34,11 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from latentlab.data.checks import as_count, as_rows, as_seed, warn_constant
+from latentlab.data.checks import as_count, as_rows, as_seed
+from latentlab.data.images import as_images
 from latentlab.data.table import Table
 from latentlab.diagnostics import Collapse, RowEvidence, collapse, row_evidence
-from latentlab.distributions import Gaussian, Likelihood, likelihood_of
+from latentlab.distributions import Likelihood, likelihood_of
 from latentlab.distributions.cells import may_miss
 from latentlab.models import vae_nets as nets
 from latentlab.models.vae_parts import (
@@ -47,7 +48,9 @@ from latentlab.models.vae_parts import (
     NormalPrior,
     flow_for,
     read,
+    warn_of_columns,
 )
+from latentlab.models.vae_pictures import PLOTTED, Coded, plot_autoencoder
 from latentlab.plates import rows
 
 __all__ = ["VariationalAutoencoder"]
@@ -72,7 +75,7 @@ class VariationalAutoencoder(nn.Module):
             ``Columns(["gaussian", "poisson"])`` for a table with columns of several kinds.
         latent_dim: L.
         num_features: D of a table, or (C, H, W) of images, where a network is to be built: a
-            multilayer perceptron, or a convolutional one.
+            multilayer perceptron, or for images of 12 by 12 pixels or more a convolutional one.
         hidden_dims: widths of the layers that are built, the decoder's in reverse.
         missing: whether the encoder reads, after the cells, a mask with a one for each observed
             one: (B, 2 D) numbers, or (B, 2 C, H, W). Cells may be missing in either case.
@@ -204,8 +207,8 @@ class VariationalAutoencoder(nn.Module):
         table = self._table(x, min_rows=2)
         cells = table.x if isinstance(table, Table) else table
         self.likelihood.check(cells)
-        if isinstance(table, Table) and self._has_column_units():
-            warn_constant(table)
+        if isinstance(table, Table):
+            warn_of_columns(table, self.likelihood)
         with torch.no_grad():
             self.likelihood.measure(cells)
         return self
@@ -229,7 +232,8 @@ class VariationalAutoencoder(nn.Module):
         """
         x = self._rows(x)
         with torch.no_grad(), _seeded(seed):
-            parts = [self._moments(self._posterior(part)) for part in self._chunks(x, 1)]
+            draws = 1 if self.flow is None else _FEW_DRAWS
+            parts = [self._moments(self._posterior(part)) for part in self._chunks(x, draws)]
         loc, scale = (torch.cat(moments) for moments in zip(*parts, strict=True))
         return loc, scale
 
@@ -310,17 +314,19 @@ class VariationalAutoencoder(nn.Module):
         """
         x, num_samples = self._rows(x), as_count(num_samples, "num_samples")
         num_codes = as_count(num_codes, "num_codes", 25)
-        draws, weights = [], []
+        draws, means, weights = [], [], []
         with torch.no_grad(), _seeded(seed):
-            for part in self._chunks(x, num_codes):
+            for part in self._chunks(x, max(num_codes, num_samples)):
                 z, log_w = self._weighted(part, num_codes)
                 chosen = dist.Categorical(logits=log_w.T).sample((num_samples,))  # (S, B)
                 cells = self.distribution(_take(z, chosen)).sample()
+                mean = self.likelihood.average(self._params(z), log_w.softmax(0))
                 draws.append(torch.where(part.isnan(), cells.to(part), part))
+                means.append(torch.where(part.isnan(), mean.to(part), part))
                 weights.append(log_w)
         log_w = torch.cat(weights, 1).double()
         ess = (-torch.logsumexp(2 * log_w.log_softmax(0), 0)).exp()
-        return Imputation(torch.cat(draws, 1), row_evidence(log_w), ess)
+        return Imputation(torch.cat(draws, 1), torch.cat(means), row_evidence(log_w), ess)
 
     def collapse(self, x: Tensor | Table) -> Collapse:
         """How much each latent dimension is used: active units, KL to a normal prior.
@@ -358,15 +364,17 @@ class VariationalAutoencoder(nn.Module):
         return [f"{found}: latent_dim={active} would do, or warm the KL up (warm_up=...)"]
 
     def plot_fit(self, draws: Mapping[str, Tensor], names: Sequence[str], x: Tensor) -> Any:  # noqa: ANN401
-        """Images with their reconstructions, or a map of the latents; returns matplotlib axes."""
-        from latentlab.report.images import plot_latents, plot_reconstructions
-
-        some = self._rows(x)[:_REMARK_ROWS]
-        if len(self.event_shape) == 3:
-            some = some[:: -(-len(some) // 10)]
-            return plot_reconstructions(_numpy(some), _numpy(self.reconstruct(some)))
-        loc, scale = (_numpy(part) for part in self.encode(some))
-        return plot_latents(loc, scale)
+        """Reconstructions, rows made up, what each latent does, a map; a matplotlib figure."""
+        some = self._rows(x)
+        some = some[:: -(-len(some) // PLOTTED)]
+        loc, scale = self.encode(some)
+        with torch.no_grad(), _seeded(0):
+            prior = self._prior().expand([PLOTTED]).sample()
+        normal = isinstance(self.prior, NormalPrior)
+        rows = Coded(
+            some, names, self.likelihood, self.decode, loc, scale if normal else None, prior
+        )
+        return plot_autoencoder(rows)
 
     def spec(self) -> dict[str, Any]:
         """What builds this model again, where its networks and its likelihood are ours."""
@@ -440,21 +448,10 @@ class VariationalAutoencoder(nn.Module):
             if tuple(table.x.shape[1:]) != self.event_shape:
                 raise self._other_shape(table.x)
             return table
-        cells = torch.as_tensor(x.x if isinstance(x, Table) else x).detach()
-        if tuple(cells.shape[1:]) != self.event_shape:
-            raise self._other_shape(cells)
-        if len(cells) < min_rows:
-            raise ValueError(f"x: expected at least {min_rows} images, got {len(cells)}")
-        if cells.isinf().any():
-            first = cells.isinf().nonzero()[0].tolist()
-            raise ValueError(f"x has inf (first at {first}); replace it by a number")
-        return cells if cells.is_floating_point() else cells.to(torch.get_default_dtype())
+        return as_images(x, self.event_shape, min_rows=min_rows)
 
     def _num_features(self) -> int | list[int]:
         return self.event_shape[0] if len(self.event_shape) == 1 else list(self.event_shape)
-
-    def _has_column_units(self) -> bool:
-        return isinstance(self.likelihood, Gaussian) and self.likelihood.has_column_units
 
     def _other_shape(self, x: Tensor) -> ValueError:
         sizes = ", ".join(map(str, self.event_shape))

@@ -5,6 +5,7 @@ Letters: B rows, D features, L latent, C channels, H height, W width, M numbers 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from latentlab.models.vae_parts import read
 from latentlab.nn import MLP, ConvDecoder, ConvEncoder
 
 __all__ = ["Networks", "Plan", "complete", "dtype_of", "row_shape"]
+
+_CONVOLVED = 12  # pixels to a side, from which on images are convolved: fewer leave no room
 
 
 class Plan(NamedTuple):
@@ -111,10 +114,11 @@ def row_shape(num_features: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def _build_encoder(in_shape: Sequence[int], out_dim: int, hidden_dims: Sequence[int]) -> nn.Module:
-    """A multilayer perceptron for tables, a convolutional network for images."""
-    if len(in_shape) == 1:
-        return MLP(in_shape[0], hidden_dims, out_dim)
-    return ConvEncoder(in_shape, out_dim // 2, hidden_dim=_dense(hidden_dims))
+    """A multilayer perceptron for tables and small images, a convolutional network for others."""
+    if _is_wide(in_shape):
+        return ConvEncoder(in_shape, out_dim // 2, hidden_dim=_dense(hidden_dims))
+    dense = MLP(math.prod(in_shape), hidden_dims, out_dim)
+    return dense if len(in_shape) == 1 else nn.Sequential(nn.Flatten(), dense)
 
 
 def _build_decoder(
@@ -122,10 +126,16 @@ def _build_decoder(
 ) -> nn.Module:
     """The mirror image of an encoder."""
     first, *others = event_shape
-    num = likelihood.num_params(first)
-    if others:
-        return ConvDecoder(latent_dim, (num, *others), hidden_dim=_dense(hidden_dims))
-    return MLP(latent_dim, tuple(hidden_dims)[::-1], num)
+    shape = (likelihood.num_params(first), *others)
+    if _is_wide(shape):
+        return ConvDecoder(latent_dim, shape, hidden_dim=_dense(hidden_dims))
+    dense = MLP(latent_dim, tuple(hidden_dims)[::-1], math.prod(shape))
+    return nn.Sequential(dense, nn.Unflatten(1, shape)) if others else dense
+
+
+def _is_wide(shape: Sequence[int]) -> bool:
+    """Whether rows are images with room for layers that halve them twice."""
+    return len(shape) == 3 and min(shape[1:]) >= _CONVOLVED
 
 
 def _event_shape(decoder: nn.Module, likelihood: Likelihood, latent_dim: int) -> tuple[int, ...]:

@@ -20,8 +20,11 @@ from torch import Size, Tensor, nn
 from torch.distributions import constraints
 from torch.nn.functional import softplus
 
+from latentlab.data.checks import warn_constant
+from latentlab.data.table import Table
 from latentlab.diagnostics import RowEvidence
-from latentlab.distributions import NormalMixture
+from latentlab.distributions import Columns, Gaussian, Likelihood, NormalMixture
+from latentlab.models.gmm_units import mean_and_sd, warn_far
 
 __all__ = [
     "Encoding",
@@ -31,6 +34,7 @@ __all__ = [
     "PushesNoise",
     "flow_for",
     "read",
+    "warn_of_columns",
 ]
 
 _LEAST_SCALE = 1e-6  # of an encoding: a softplus may round to zero
@@ -47,22 +51,20 @@ class Imputation:
 
     Arguments:
         draws: rows with their missing cells filled, shape (S, N, D) or (S, N, C, H, W).
+        mean: the mean of each missing cell, by the weights of all latents, shape of the rows; the
+            most probable code where cells are codes; observed cells as they were.
         evidence: log-density of the observed cells of each row, with its error and k-hat.
         ess: effective number of codes behind each row's draws, shape (N,).
     """
 
     draws: Tensor
+    mean: Tensor
     evidence: RowEvidence
     ess: Tensor
 
     @property
-    def mean(self) -> Tensor:
-        """Mean over draws, shape of the rows; observed cells as they were."""
-        return self.draws.mean(0)
-
-    @property
     def sd(self) -> Tensor:
-        """Standard deviation over draws; zero for observed cells."""
+        """Standard deviation over draws, two at least; zero for observed cells."""
         return self.draws.std(0)
 
 
@@ -221,6 +223,24 @@ class FlowPosterior(TorchDistribution):
         context = None if context is None else context.expand(*shape, -1)
         noise, log_det = self.flow.pull(value.expand(*shape, -1), context)
         return dist.Normal(loc, scale).to_event(1).log_prob(noise) + log_det
+
+
+def warn_of_columns(table: Table, likelihood: Likelihood) -> None:
+    """Warn of real columns that tell nothing, or where one far value has set the unit.
+
+    Arguments:
+        table: the rows; NaN cells are left out.
+        likelihood: of a cell.
+    """
+    parts: list[tuple[Any, Sequence[int]]] = [(likelihood, range(table.x.shape[1]))]
+    if isinstance(likelihood, Columns):
+        parts = [*zip(likelihood.parts, likelihood.places, strict=True)]
+    for part, columns in parts:
+        if isinstance(part, Gaussian) and part.has_column_units:
+            names = tuple(table.names[d] for d in columns)
+            real = Table(table.x[:, list(columns)], names)
+            warn_constant(real)
+            warn_far(real, mean_and_sd(real.x)[1])
 
 
 def flow_for(latent_dim: int, num_context: int) -> nn.Module:

@@ -50,6 +50,7 @@ def plot_losses(
     stage_elbos: Sequence[float] | None = None,
     ax: Axes | None = None,
     stop_reason: str | None = None,
+    held_out: bool = False,
 ) -> Axes:
     """The climb: the loss in blocks of steps, where each stage began, and why it stopped.
 
@@ -62,6 +63,7 @@ def plot_losses(
         stage_elbos: the ELBO in nats at the end of each stage that ended.
         ax: where to draw; by default a new figure.
         stop_reason: why the climb ended, in words.
+        held_out: whether the ELBO of a stage is that of rows kept aside, scaled to the others.
 
     Returns:
         The axes.
@@ -86,7 +88,8 @@ def plot_losses(
         ax.plot(middle, median, color=BLUE, linewidth=1.4, label="loss")
         ax.set_ylim(_robust_limits(losses[steps], -elbos))
     if len(elbos):
-        ax.plot(ends, -elbos, "o", color=VERMILION, markersize=5, label="ELBO at a stage's end")
+        label = f"{'rows kept aside' if held_out else 'ELBO'}, at a stage's end"
+        ax.plot(ends, -elbos, "o", color=VERMILION, markersize=5, label=label)
         legend(ax, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)
     ax.ticklabel_format(style="plain", useOffset=False)
     return note(ax, [f"stopped: {stop_reason}"] if stop_reason else [])

@@ -27,15 +27,68 @@ from latentlab.report.svg import INK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, FigureBase
 
-__all__ = ["plot_dwell_times", "plot_residuals", "plot_states", "plot_transitions"]
+__all__ = [
+    "plot_chain",
+    "plot_dwell_times",
+    "plot_residuals",
+    "plot_states",
+    "plot_transitions",
+]
 
 _COLUMNS = 3  # of the data that are drawn
 _POINTS = 2000  # steps that are drawn
+_WRITTEN = 6  # states between which moves are written out
+_WIDE = 30  # times the shortest stay, from where on stays are on a logarithmic axis
 
 
-def plot_states(x: np.ndarray, probs: np.ndarray, means: np.ndarray, names: Sequence[str]) -> Axes:
+def plot_chain(
+    x: np.ndarray,
+    probs: np.ndarray,
+    means: np.ndarray,
+    names: Sequence[str],
+    transitions: np.ndarray,
+    residuals: np.ndarray | None = None,
+) -> Figure:
+    """A sequence with its states; below it how they follow each other, and what they miss.
+
+    Arguments:
+        x: as for :func:`plot_states`.
+        probs: as for :func:`plot_states`.
+        means: as for :func:`plot_states`.
+        names: as for :func:`plot_states`.
+        transitions: draws, shape (S, K, K); one state has none to be drawn.
+        residuals: as for :func:`plot_residuals`; ``None`` where they are not known.
+
+    Returns:
+        The figure.
+    """
+    K = transitions.shape[-1]
+    heights = [1.6 * min(len(names), _COLUMNS) + 1.6]
+    heights += [0.9 + 0.42 * K, 0.9 + 0.24 * K] if K > 1 else []
+    heights += [2.7] if residuals is not None else []
+    figure = new_figure(WIDTH, sum(heights))
+    # Each with margins of its own.
+    parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for part in parts:
+        part.set_facecolor("none")
+    plot_states(x, probs, means, names, parts[0])
+    if K > 1:
+        plot_transitions(transitions, parts[1].subplots())
+        plot_dwell_times(transitions, parts[2].subplots())
+    if residuals is not None:
+        plot_residuals(residuals, names, parts[-1])
+    return figure
+
+
+def plot_states(
+    x: np.ndarray,
+    probs: np.ndarray,
+    means: np.ndarray,
+    names: Sequence[str],
+    figure: FigureBase | None = None,
+) -> Axes:
     """A sequence over time on what its states emit, above the probability of each state.
 
     Arguments:
@@ -43,9 +96,10 @@ def plot_states(x: np.ndarray, probs: np.ndarray, means: np.ndarray, names: Sequ
         probs: probability of each state, shape (T, K).
         means: mean of each column in each state, shape (K, D).
         names: names of the D columns.
+        figure: where to draw; by default a new one.
 
     Returns:
-        The upper axes of a figure.
+        The upper axes of the figure.
 
     Raises:
         ValueError: if the shapes do not agree.
@@ -57,7 +111,7 @@ def plot_states(x: np.ndarray, probs: np.ndarray, means: np.ndarray, names: Sequ
     expect_shape("means", means, (K, len(names)))
     shown = min(D, _COLUMNS)
     heights = [1.6] * shown + [1.1]
-    figure = new_figure(WIDTH, sum(heights) + 0.5)
+    figure = new_figure(WIDTH, sum(heights) + 0.5) if figure is None else figure
     axes = figure.subplots(shown + 1, 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     steps = thinned(T, _POINTS)
     state = probs.argmax(1)
@@ -103,17 +157,17 @@ def plot_transitions(transitions: np.ndarray, ax: Axes | None = None) -> Axes:
     mean = draws.mean(0)
     ax = blank_axes(ax, 1.2 + 0.55 * K)
     ax.imshow(mean, cmap="Blues", vmin=0, vmax=1.4, aspect="auto")
-    for i in range(K):
-        for j in range(K):
-            text = f"{mean[i, j]:.2f}\n{low[i, j]:.2f}–{high[i, j]:.2f}"
-            ax.text(j, i, text, ha="center", va="center", fontsize=9, color="black")
+    for i, j in np.ndindex(K, K) if K <= _WRITTEN else ():
+        text = f"{mean[i, j]:.2f}"
+        text += f"\n{low[i, j]:.2f}–{high[i, j]:.2f}" if low[i, j] < high[i, j] else ""
+        ax.text(j, i, text, ha="center", va="center", fontsize=9, color="black")
     ax.set(xticks=range(K), yticks=range(K), xlabel="to state", ylabel="from state")
     ax.set_label("probability of each move, with its 90 % interval")
-    return ax
+    return note(ax, ["probability of a move"])
 
 
 def plot_dwell_times(transitions: np.ndarray, ax: Axes | None = None) -> Axes:
-    """Mean number of steps in each state, with 90 % intervals.
+    """Mean number of steps in each state, with 90 % intervals; a last state has none.
 
     Arguments:
         transitions: draws, shape (S, K, K).
@@ -125,15 +179,21 @@ def plot_dwell_times(transitions: np.ndarray, ax: Axes | None = None) -> Axes:
     draws = np.asarray(transitions, float)
     K = draws.shape[-1]
     expect_shape("transitions", draws, (len(draws), K, K))
-    leave = 1 - np.diagonal(draws, axis1=1, axis2=2)
-    steps = 1 / np.maximum(leave, 1e-12)
+    leave = draws.sum(-1) - np.diagonal(draws, axis1=1, axis2=2)
+    left = np.flatnonzero(leave.max(0) > 0)
+    steps = 1 / np.maximum(leave[:, left], 1e-12)
     low, middle, high = np.quantile(steps, (0.05, 0.5, 0.95), axis=0)
-    ax = plot_intervals([f"state {k}" for k in range(K)], middle, low, high, ax)
-    ax.set_xlabel("steps that it lasts on average")
-    return ax
+    ax = plot_intervals([f"state {k}" for k in left], middle, low, high, ax)
+    if left.size and high.max() > _WIDE * low.min():
+        ax.set_xscale("log")
+    ax.set_xlabel("steps")
+    ax.set_label("mean number of steps in each state, with its 90 % interval")
+    return note(ax, ["mean number of steps in a state"])
 
 
-def plot_residuals(residuals: np.ndarray, names: Sequence[str]) -> Figure:
+def plot_residuals(
+    residuals: np.ndarray, names: Sequence[str], figure: FigureBase | None = None
+) -> FigureBase:
     """Pseudo-residuals against the normal distribution, and over time.
 
     Points on the line: the model describes each step given those before. A bend at the ends says
@@ -142,6 +202,7 @@ def plot_residuals(residuals: np.ndarray, names: Sequence[str]) -> Figure:
     Arguments:
         residuals: shape (T, D), NaN where a cell is missing.
         names: names of the D columns.
+        figure: where to draw; by default a new one.
 
     Returns:
         The figure.
@@ -150,7 +211,7 @@ def plot_residuals(residuals: np.ndarray, names: Sequence[str]) -> Figure:
 
     r = np.asarray(residuals, float)
     expect_shape("residuals", r, (len(r), len(names)))
-    figure = new_figure(WIDTH, 2.6)
+    figure = new_figure(WIDTH, 2.6) if figure is None else figure
     left, right = figure.subplots(1, 2)
     for d in range(min(r.shape[1], _COLUMNS)):
         seen = np.flatnonzero(np.isfinite(r[:, d]))
@@ -167,5 +228,11 @@ def plot_residuals(residuals: np.ndarray, names: Sequence[str]) -> Figure:
     calm(left).set(xlabel="normal quantile", ylabel="residual")
     calm(right).set(xlabel="step")
     left.set_label("pseudo-residuals against the normal distribution")
-    legend(left, loc="upper left")
+    right.set_label("pseudo-residuals over time")
+    note(
+        left,
+        ["residuals of each step given those before: on", "the line where the model is right"],
+    )
+    if r.shape[1] > 1:
+        legend(left, loc="upper left")
     return figure

@@ -339,13 +339,15 @@ class VAE(_Transformer):
         self.verbose = verbose
 
     def impute(self, X: Any) -> np.ndarray:  # noqa: ANN401
-        """Rows with each missing cell at the mean of its draws given the others, shape (N, D).
+        """Rows with each missing cell at its mean given the others, shape (N, D).
+
+        It is taken over 1000 latents, by their importance weights. A code is the most probable.
 
         Arguments:
             X: rows, shape (N, D), NaN where a cell is missing.
         """
         x = self._new_rows(X)
-        mean = self._model.impute(x).mean
+        mean = self._model.impute(x, num_samples=2).mean
         return torch.where(x.isnan(), mean.to(x), x).numpy(force=True)
 
     def sample(

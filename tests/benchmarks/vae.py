@@ -90,11 +90,11 @@ def our_steps(x):
         return Arguments(take(pair.data, rows(step)).args, {"size": len(x)})
 
     climb = NetworkClimb(pair, 0, 1, 1e-3, 0.03, 10**6, batch, lambda *_: None, None, BATCH)
-    optimiser = climb._adam(1e-3)
+    optimiser, mean = climb._at(1e-3)
 
     def run(calls):
         with pair.entered(0):
-            climb._stage(optimiser, calls, 1e-3)
+            climb._stage(optimiser, mean, calls)
 
     return run
 
