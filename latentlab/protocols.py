@@ -87,7 +87,8 @@ class ScalesToData(Protocol):
         """Set the priors' location and scale from the data, in place.
 
         Arguments:
-            data: what the model is called with; a ``Table`` where the columns have names.
+            data: what the model is called with; a ``Table``, or ``Sequences``, where the columns
+                have names.
         """
 
 

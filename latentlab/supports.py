@@ -149,9 +149,9 @@ def bijection(support: constraints.Constraint) -> Transform:
     if isinstance(support, constraints.independent):
         base = bijection(support.base_constraint)
         return IndependentTransform(base, support.reinterpreted_batch_ndims)
-    if type(support) in (constraints.interval, constraints.half_open_interval):
+    if isinstance(support, (constraints.interval, constraints.half_open_interval)):
         low, high = support.lower_bound, support.upper_bound
-        if isinstance(low, (int, float)) and (low, high) == (0, 1):
+        if isinstance(low, int | float) and (low, high) == (0, 1):
             return _Normal()
         return ComposeTransform([_Normal(), AffineTransform(low, high - low)])
     if type(support) is type(constraints.simplex):

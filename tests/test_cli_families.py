@@ -172,6 +172,37 @@ def test_a_vae_fills_gaps_and_leaves_the_rest(vae, table, tmp_path):
     pd.testing.assert_frame_equal(before[before.notna()].fillna(after), after)
 
 
+def test_rows_without_a_gap_are_as_they_were(vae, table, tmp_path):
+    full = pd.read_csv(table).dropna()
+    data = written(tmp_path / "full.csv", full)
+    assert run("impute", vae, data, "--out", tmp_path / "x.csv").code == 0
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "x.csv"), pd.read_csv(data))
+
+
+def test_columns_of_several_kinds_are_filled_with_what_they_can_be(tmp_path):
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"size": rng.normal(size=40), "count": rng.poisson(3.0, 40)})
+    frame["kind"] = rng.integers(3, size=40)
+    frame.loc[:5, "kind"] = np.nan
+    data = written(tmp_path / "mixed.csv", frame)
+    kinds = ("--likelihood", "gaussian,poisson,categorical:3")
+    words = ("--latent", 1, "--max-steps", 40, *kinds, "--out", tmp_path / "v")
+    assert run("fit", "vae", data, *words).code in (0, 1)
+    assert run("impute", tmp_path / "v", data, "--out", tmp_path / "x.csv").code == 0
+    filled = pd.read_csv(tmp_path / "x.csv")
+    assert set(filled["kind"]) <= {0, 1, 2}
+    pd.testing.assert_frame_equal(filled[6:], frame[6:], check_dtype=False)
+
+
+def test_the_seed_decides_where_networks_start(table, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        words = ("--latent", 1, "--max-steps", 1, "--seed", seed, "--out", tmp_path / name)
+        assert run("fit", "vae", table, *words).code in (0, 1)
+    weights = [next(ll.load(tmp_path / n).model.encoder.parameters()) for n in "abc"]
+    assert (weights[0] == weights[1]).all()
+    assert (weights[0] - weights[2]).abs().max() > 0.1
+
+
 def test_codes_of_linear_models_too(table, tmp_path):
     model = ll.ProbabilisticPCA(3, 1)
     posterior = ll.fit(model, ll.data.load(table), num_restarts=1, max_steps=100, progress=False)
@@ -249,7 +280,7 @@ def test_states_stand_beside_the_steps_they_belong_to(hmm, counts, tmp_path):
     for who in (0, 1):
         x = data[data["who"] == who].sort_values("day")["count"].to_numpy()
         draws = posterior._aligned(1000).draws
-        probs = posterior.model.smooth(draws, x)[0].numpy()
+        probs = posterior.model.smooth(x, draws)[0].numpy()
         mine = found[found["who"] == who].sort_values("day")
         np.testing.assert_allclose(mine[["probability_0", "probability_1"]], probs, rtol=1e-6)
 
@@ -268,9 +299,87 @@ def test_a_missing_count_is_expected_from_its_neighbours(hmm, counts, tmp_path):
     expected = 0.0
     for s in range(0, 1000, 10):
         single = {k: v[s : s + 1] for k, v in draws.items()}
-        odds = posterior.model.smooth(single, one["count"].to_numpy())[0, at]
+        odds = posterior.model.smooth(one["count"].to_numpy(), single)[0, at]
         expected += float(odds @ single["rates"][0, :, 0]) / 100
     assert after.loc[gap, "count"].item() == pytest.approx(expected, rel=0.1)
+
+
+@pytest.fixture(scope="module")
+def patients(home, counts):
+    """The same sequences, told apart by text that no number holds, and ordered by dates."""
+    frame = pd.read_csv(counts)
+    dates = pd.to_datetime("2025-12-20") + pd.to_timedelta(frame["day"], unit="D")
+    frame["day"] = dates.dt.strftime("%Y-%m-%d")
+    frame["who"] = frame["who"].map({0: "7", 1: "07"})
+    return written(home / "patients.csv", frame)
+
+
+def test_codes_of_categories_are_not_filled_in(tmp_path):
+    frame = pd.DataFrame({"kind": [0, 1, 1, 0, 1, 0] * 3})
+    file = written(tmp_path / "codes.csv", frame)
+    words = ("--states", 1, "--emission", "categorical", "--categories", 2, *SHORT)
+    assert run("fit", "hmm", file, *words, "--out", tmp_path / "h").code in (0, 1)
+    frame = frame.astype(float)
+    frame.loc[4, "kind"] = np.nan
+    gaps = written(tmp_path / "gaps.csv", frame)
+    ended = run("impute", tmp_path / "h", gaps, "--out", tmp_path / "x.csv")
+    refused(ended, "'kind' misses cells", "predict the states")
+    assert not (tmp_path / "x.csv").exists()
+
+
+def test_a_number_of_codes_is_asked_for_by_its_option(tmp_path):
+    file = written(tmp_path / "codes.csv", pd.DataFrame({"kind": [0, 1, 1]}))
+    words = ("--states", 1, "--emission", "categorical", "--out", tmp_path / "h")
+    refused(run("fit", "hmm", file, *words), "--categories")
+
+
+def test_ids_may_be_text_and_times_dates(hmm, counts, patients, tmp_path):
+    words = ("--id", "who", "--time", "day")
+    size = ("--states", 2, "--emission", "poisson", "--guide", "mean_field", *SHORT)
+    ended = run("fit", "hmm", patients, *size, *words, "--out", tmp_path / "h")
+    assert ended.code in (0, 1), ended.err
+    summaries = [pd.read_csv(folder / "summary.csv") for folder in (hmm, tmp_path / "h")]
+    pd.testing.assert_frame_equal(*summaries)
+    for command in ("predict", "impute"):
+        for data, name in ((counts, "n.csv"), (patients, "t.csv")):
+            out = ("--out", tmp_path / name)
+            assert run(command, hmm, data, *words, *out).code == 0
+        numbers, texts = (pd.read_csv(tmp_path / name, dtype=str) for name in ("n.csv", "t.csv"))
+        given = pd.read_csv(patients, dtype=str)
+        pd.testing.assert_frame_equal(texts[["who", "day"]], given[["who", "day"]])
+        rest = [name for name in texts.columns if name not in ("who", "day")]
+        pd.testing.assert_frame_equal(texts[rest], numbers[rest])
+
+
+def test_whole_numbers_of_ids_stay_whole(hmm, tmp_path):
+    frame = pd.DataFrame({"who": [1.0, 2.0, 1.0], "count": [3.0, 4.0, 5.0]})
+    frame.to_json(tmp_path / "rows.jsonl", orient="records", lines=True)
+    words = ("--id", "who", "--out", tmp_path / "s.csv")
+    assert run("predict", hmm, tmp_path / "rows.jsonl", *words).code == 0
+    assert (tmp_path / "s.csv").read_text().splitlines()[1].startswith("1,")
+
+
+@pytest.mark.parametrize(
+    ("text", "needles"),
+    [
+        ("who,day,count\na,week 2,3\na,week 10,4\n", ("'week 2'", "dates such as", "'day'")),
+        ("who,day,count\na,1,3\n,2,4\n", ("'who'", "line 3")),
+        ("who,day,count\na,1,3\na,,4\n", ("'day'", "line 3")),
+        ("who,day,count\na,1,3\na,2,four\n", ("'count'", "'four'", "line 3")),
+        ("who,day,count\na,1,3\na,1.0,4\n", ("'day'", "once", "'a'")),
+        ("who,day\na,1\na,2\n", ("no column besides 'who', 'day'",)),
+        ("who,day,count\n", ("expected", "is empty")),
+        ("who,count\na,1\n", ("no column 'day'", "'who', 'count'")),
+    ],
+)
+def test_keys_that_tell_no_steps_apart_are_named(text, needles, hmm, tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text(text)
+    words = ("--id", "who", "--time", "day", "--out", tmp_path / "o.csv")
+    refused(run("predict", hmm, file, *words), *needles)
+    fit = ("fit", "hmm", file, "--states", 1, *words[:-1], tmp_path / "h")
+    refused(run(*fit), *needles)
+    assert not (tmp_path / "h").exists()
 
 
 def test_new_sequences_have_a_line_for_each_step(hmm, tmp_path):
@@ -357,6 +466,9 @@ VAE = ("vae", "--latent", 1)
         ((*VAE, "--likelihood", "bernoulli"), "n\n0.5\n255\n", ("[0, 1]", "255")),
         ((*VAE, "--likelihood", "poisson"), "n\n1\n-3\n", ("-3",)),
         ((*VAE, "--likelihood", "none"), "n\n1\n3\n", ("none",)),
+        ((*VAE, "--likelihood", "categorical"), "n\n1\n0\n", ("categorical:3", "--likelihood")),
+        ((*VAE, "--likelihood", "categorical:2"), "n\n1\n2\n", ("codes 0 to 1", "2")),
+        ((*VAE, "--likelihood", "poisson,poisson"), "n\n1\n2\n", ("columns", "2")),
         (VAE, "n\n1\n", ("has 1 row", "at least 2 rows")),
         (VAE, "n,m\n1,\n2,\n", ("m",)),
         (("flow",), "n\n1\n\n3\n2,2\n", ("line",)),
@@ -404,10 +516,12 @@ def test_an_unknown_demo_is_refused(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "file"), [("hmm", "counts.csv"), ("vae", "digits.csv"), ("flow", "moons.csv")]
+    ("model", "file"), [("hmm", "counts.csv"), ("vae", "digits"), ("flow", "moons.csv")]
 )
 def test_each_demo_leaves_its_data_to_go_on_with(model, file, tmp_path):
     assert run("demo", model, "--out", tmp_path / "d").code in (0, 1)
     out = tmp_path / "x.csv"
     assert run("predict", tmp_path / "d", tmp_path / "d" / file, "--out", out).code == 0
-    assert len(pd.read_csv(out)) == len(pd.read_csv(tmp_path / "d" / file))
+    data = tmp_path / "d" / file
+    count = len(list(data.iterdir())) if data.is_dir() else len(pd.read_csv(data))
+    assert len(pd.read_csv(out)) == count

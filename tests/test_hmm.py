@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyro.distributions as dist
 import pyro.poutine as poutine
 import pytest
@@ -17,6 +18,7 @@ from latentlab.diagnostics import align
 from latentlab.distributions import Cells
 from latentlab.models.hmm_chain import stationary
 from latentlab.models.hmm_remarks import dwell_times
+from latentlab.report.sequences import plot_dwell_times
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "classic" / "earthquakes.csv"
 R = np.random.default_rng(3)
@@ -130,7 +132,7 @@ def test_states_have_no_order():
     other = {name: value[:, order] for name, value in draws.items()}
     other["transitions"] = other["transitions"][:, :, order]
     lengths = torch.tensor([T, 2, 4])
-    a, b = (model.log_prob(d, x, lengths) for d in (draws, other))
+    a, b = (model.log_prob(x, d, lengths) for d in (draws, other))
     torch.testing.assert_close(a, b)
     both = {name: torch.cat([draws[name], other[name]]) for name in draws}
     reference = {name: value[0] for name, value in draws.items()}
@@ -274,6 +276,18 @@ class Durations:
         return Cells(dist.Exponential(1 / means), event_dim=1, fill=1.0)
 
 
+class Tilted:
+    """One whose cells depend on each other, and whose distribution function is not known."""
+
+    num_features = 2
+
+    def sites(self):
+        return {"locs": dist.Normal(torch.zeros(2), 1.0).to_event(1)}
+
+    def distribution(self, locs):
+        return dist.MultivariateNormal(locs, torch.eye(2).to(locs))
+
+
 def test_an_emission_of_ones_own_is_fitted_like_ours():
     z = simulate(150, [0.0, 1.0], stay=0.95)[1]
     x = np.random.default_rng(1).exponential(np.array([0.2, 20.0])[z])
@@ -282,7 +296,7 @@ def test_an_emission_of_ones_own_is_fitted_like_ours():
     draws = posterior.sample(100)
     means = draws["means"].mean(0).flatten().sort().values
     assert means.tolist() == pytest.approx([0.2, 20.0], rel=0.5)
-    path = posterior.model.decode(draws, x)[0].numpy()
+    path = posterior.model.decode(x, draws)[0].numpy()
     agree = (path == z).mean()
     assert max(agree, 1 - agree) > 0.95
 
@@ -293,7 +307,7 @@ def test_an_emission_of_ones_own_is_fitted_like_ours():
 def test_states_are_bayes_rule_averaged_over_draws(fitted):
     draws = fitted.sample(3)
     x = [FORMS[0][:4], FORMS[1][:3]]
-    probs = fitted.model.smooth(draws, x)
+    probs = fitted.model.smooth(x, draws)
     for b, one in enumerate(x):
         wanted = np.zeros((len(one), 2))
         for s in range(3):
@@ -313,10 +327,10 @@ def test_states_are_bayes_rule_averaged_over_draws(fitted):
 
 def test_the_last_step_is_filtered_and_smoothed_alike(fitted):
     draws = fitted.sample(5)
-    smoothed, filtered = fitted.model.smooth(draws, FORMS[0]), fitted.model.filter(draws, FORMS[0])
+    smoothed, filtered = fitted.model.smooth(FORMS[0], draws), fitted.model.filter(FORMS[0], draws)
     torch.testing.assert_close(smoothed[0, -1], filtered[0, -1])
-    ahead = fitted.model.predict_next({k: v[:1] for k, v in draws.items()}, FORMS[0])
-    one = fitted.model.filter({k: v[:1] for k, v in draws.items()}, FORMS[0])
+    ahead = fitted.model.predict_next(FORMS[0], {k: v[:1] for k, v in draws.items()})
+    one = fitted.model.filter(FORMS[0], {k: v[:1] for k, v in draws.items()})
     torch.testing.assert_close(ahead[:, 1:], one[:, :-1] @ draws["transitions"][0])
     torch.testing.assert_close(ahead[0, 0], draws["initial"][0])
 
@@ -338,7 +352,7 @@ def test_residuals_of_the_truth_are_standard_normal(kind):
         torch.zeros(1, 1500, model.num_features).double(), torch.tensor([1500])
     )
     x = model.chain(draws, empty).sample()[0].double()
-    r = model.residuals(draws, x)
+    r = model.residuals(x, draws)
     for d in range(model.num_features):
         assert stats.kstest(r[0, :, d].numpy(), "norm").pvalue > 1e-5
         lag = np.corrcoef(r[0, 1:, d], r[0, :-1, d])[0, 1]
@@ -364,9 +378,31 @@ def test_states_that_are_none_are_named():
 
 
 def test_the_fit_is_drawn(fitted):
-    ax = fitted.plot("fit")
-    assert ax.get_label().startswith("a sequence over time")
+    shown = " ".join(str(ax.get_label()) for ax in fitted.plot("fit").axes)
+    for needle in ("sequence over time", "each move", "mean number of steps", "pseudo-residuals"):
+        assert needle in shown
     assert fitted.plot("predictive") is not None
+
+
+def test_a_state_that_is_never_left_has_no_mean_stay():
+    moves = np.array([[[0.9, 0.1, 0.0], [0.0, 0.999, 0.001], [0.0, 0.0, 1.0]]] * 5)
+    ax = plot_dwell_times(moves)
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["state 0", "state 1"]
+    said = [text.get_text() for text in ax.texts]
+    assert [float(text) for text in said] == pytest.approx([10, 1000])
+    assert ax.get_xscale() == "log"
+
+
+def test_one_state_and_an_emission_without_a_distribution_function_are_drawn():
+    """What is not known is left out: moves of one state, residuals of correlated cells."""
+    model = ll.HiddenMarkovModel(1, emissions=Tilted())
+    draws = {"locs": torch.zeros(4, 1, 2).double(), "transitions": torch.ones(4, 1, 1).double()}
+    draws["initial"] = torch.ones(4, 1).double()
+    figure = model.plot_fit(draws, ("a", "b"), torch.randn(1, 9, 2).double())
+    shown = " ".join(str(ax.get_label()) for ax in figure.axes)
+    assert "sequence over time" in shown
+    assert "move" not in shown
+    assert "residuals" not in shown
 
 
 # ---- bad inputs ---------------------------------------------------------------------------------
@@ -380,7 +416,7 @@ def test_the_fit_is_drawn(fitted):
         ({"num_features": True}, "num_features must be an int"),
         ({"initial": "last"}, 'initial: expected "free" or "stationary"'),
         ({"prior": "none"}, "prior: expected"),
-        ({"stickiness": -1.0}, "stickiness"),
+        ({"stickiness": -1.0}, "stickiness: expected a finite number >= 0, got -1.0"),
         ({"concentration": 0.0}, "concentration"),
         ({"left_right": True, "initial": "stationary"}, "initial"),
         ({"emissions": "normal"}, "emissions: expected one of"),
@@ -424,15 +460,51 @@ def test_odd_data_give_finite_numbers(x):
     assert all(value.isfinite().all() for value in posterior.sample(50).values())
 
 
-@pytest.mark.parametrize("scale", [1e-150, 1e12])
-def test_the_unit_does_not_matter(scale):
-    x = np.r_[R.normal(0, 1, 30), R.normal(9, 1, 30)]
-    found = [
-        ll.fit(ll.HiddenMarkovModel(2), y, num_restarts=1, max_steps=410).sample(200)["locs"]
-        for y in (x, x * scale)
+@pytest.mark.parametrize(("scale", "kind"), [(1e-200, "gaussian_full"), (1e12, "gaussian")])
+def test_the_unit_does_not_matter(scale, kind):
+    x = np.r_[R.normal(0, 1, (30, 2)), R.normal(9, 1, (30, 2))]
+    x[3, 0] = np.nan
+    model = ll.HiddenMarkovModel(2, 2, kind)
+    settings = {"num_restarts": 1, "max_steps": 410, "guide": "mean_field"}
+    posteriors = [ll.fit(model, y, **settings) for y in (x, x * scale)]
+    found = [posterior.sample(200)["locs"] for posterior in posteriors]
+    draws = posteriors[0].sample(50)
+    moved = draws | {site: draws[site] * scale for site in ("locs", "scales")}
+    residuals = [
+        posteriors[0].model.residuals(x, draws),
+        posteriors[1].model.residuals(x * scale, moved),
     ]
+    torch.testing.assert_close(*residuals, rtol=1e-3, atol=1e-3, equal_nan=True)
     ordered = [f.mean(0).flatten().sort().values for f in found]
     torch.testing.assert_close(ordered[0] * scale, ordered[1], rtol=0.05, atol=0.05 * scale)
+
+
+def test_columns_are_called_by_their_names():
+    frame = pd.DataFrame({"a": R.normal(size=20), "b": np.full(20, 3.0)})
+    model = ll.HiddenMarkovModel(2, 2)
+    with pytest.warns(UserWarning, match="constant column 'b'"):
+        ll.fit(model, frame, num_restarts=1, max_steps=50, guide="mean_field")
+    with pytest.raises(ValueError, match="column 'b' is all NaN"):
+        ll.fit(model, frame.assign(b=np.nan))
+
+
+def test_sequences_of_one_step_say_nothing_of_transitions():
+    """Rows in no order: a mixture, and transitions are as their prior has them."""
+    x = np.r_[R.normal(0, 1, (30, 1)), R.normal(9, 1, (30, 1))]
+    posterior = ll.fit(ll.HiddenMarkovModel(2), [row[None] for row in x], num_restarts=1)
+    draws = posterior._aligned(1000).draws
+    assert draws["locs"].mean(0).flatten().sort().values.tolist() == pytest.approx([0, 9], abs=0.8)
+    assert float(draws["transitions"].mean()) == pytest.approx(0.5, abs=0.1)
+    assert float(draws["transitions"].std()) > 0.15
+    with pytest.raises(TypeError, match="expected sequences, got None"):
+        posterior.model.smooth(None, draws)
+
+
+def test_a_far_step_is_named():
+    x = R.normal(0, 1, (40, 2))
+    x[5, 1] = 1e8
+    with pytest.warns(UserWarning, match=r"row 5 of column 'x1' \(1e\+08\)"):
+        ll.HiddenMarkovModel(2, 2).scale_to(torch.from_numpy(x)[None])
 
 
 def test_a_very_long_sequence_does_not_underflow():
@@ -440,7 +512,7 @@ def test_a_very_long_sequence_does_not_underflow():
     values, _ = prior_values(model)
     x = torch.ones(1, 100_000, 1).double()
     draws = {name: value[None] for name, value in values.items()}
-    long = model.log_prob(draws, x, torch.tensor([100_000]))
+    long = model.log_prob(x, draws, torch.tensor([100_000]))
     assert long.isfinite().all()
     assert (long < -10_000).all()
 
@@ -457,5 +529,5 @@ def test_the_likelihood_is_that_of_hmmlearn():
     peer = peers.PoissonHMM(2)
     peer.startprob_, peer.transmat_ = values["initial"].numpy(), values["transitions"].numpy()
     peer.lambdas_, peer.n_features = values["rates"].numpy(), 1
-    ours = model.log_prob({k: v[None] for k, v in values.items()}, [*FORMS]).sum()
+    ours = model.log_prob([*FORMS], {k: v[None] for k, v in values.items()}).sum()
     assert float(ours) == pytest.approx(peer.score(x, [40, 30]), rel=1e-9)

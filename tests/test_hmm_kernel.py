@@ -143,8 +143,9 @@ def test_first_and_second_derivatives_pass_gradcheck():
     assert torch.autograd.gradgradcheck(hmm.log_prob, (*arrays, lengths))
 
 
-def test_a_hessian_is_that_of_a_plain_loop():
-    _, transitions, seen = chain(5, steps=8)
+@pytest.mark.parametrize("steps", [8, 1])
+def test_a_hessian_is_that_of_a_plain_loop(steps):
+    _, transitions, seen = chain(5, steps=steps)
 
     def loss(function, logits):
         moves = (transitions.log() + logits[1:]).softmax(-1)

@@ -169,3 +169,17 @@ def test_faults_are_named(draws, axes, message):
 def test_a_reference_that_does_not_fit_is_named(reference):
     with pytest.raises(ValueError, match="reference: expected"):
         align({"a": torch.randn(5, 2)}, {"a": -1}, reference)
+
+
+@pytest.mark.parametrize("unit", [1e-300, 1e-200, 1e200])
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_the_unit_does_not_matter(unit, with_reference):
+    g = torch.Generator().manual_seed(0)
+    locs = torch.tensor([0.0, 5.0, 9.0]) + torch.randn(50, 3, generator=g).double()
+    swapped = torch.stack([row[torch.randperm(3, generator=g)] for row in locs])
+    given = {"reference": {"locs": locs[0]}} if with_reference else {}
+    moved = {"reference": {"locs": locs[0] * unit}} if with_reference else {}
+    plain = align({"locs": swapped}, {"locs": -1}, **given)
+    tiny = align({"locs": swapped * unit}, {"locs": -1}, **moved)
+    assert torch.equal(plain.permutations, tiny.permutations)
+    assert plain.switched == tiny.switched

@@ -71,6 +71,33 @@ def test_a_time_that_is_there_twice_is_refused():
         as_sequences(frame, id="id", time="t")
 
 
+@pytest.mark.parametrize(
+    "times",
+    [
+        ["10", "9", "-1"],
+        ["2026-02-01", "2026-01-31", "2025-12-31"],
+        ["2026-01-01T10:00", "2026-01-01 09:30", "2026-01-01"],
+        pd.to_datetime(["2026-02-01", "2026-01-31", "2025-12-31"]),
+        [pd.Timestamp(2026, 2, 1), pd.Timestamp(2026, 1, 31), pd.Timestamp(2025, 12, 31)],
+        pd.to_timedelta([3, 2, 1], unit="h"),
+        pd.period_range("2026-01", periods=3, freq="M")[::-1],
+        pd.Categorical(["late", "mid", "early"], ["early", "mid", "late"], ordered=True),
+        [2.0, 1.5, -np.inf],
+    ],
+)
+def test_steps_are_in_the_order_in_which_they_passed(times):
+    frame = pd.DataFrame({"t": times, "y": [0.0, 1.0, 2.0]})
+    assert as_sequences(frame, time="t").x[0, :, 0].tolist() == [2.0, 1.0, 0.0]
+
+
+def test_text_that_is_no_time_is_refused():
+    """Sorted as text, week 10 would come before week 2."""
+    for times in (["week 2", "week 10"], ["1/2/2026", "2/1/2026"], ["1", "2026-01-31"]):
+        frame = pd.DataFrame({"t": times, "y": [0.0, 1.0]})
+        with pytest.raises(ValueError, match=r"time: expected numbers, or dates .* 't' of x, got"):
+            as_sequences(frame, time="t")
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=6), st.integers(1, 3))
 def test_rows_and_padding_share_the_tensor(lengths, width):

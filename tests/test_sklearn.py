@@ -83,8 +83,8 @@ def ordered(estimator):
 # ---- scikit-learn's own checks ------------------------------------------------------------------
 
 
-# Two components few steps: on the 15 rows in 30 columns of one check the climb is chaotic, and what
-# the order of the rows rounds differently, 1e-16, is 1e-12 after 20 steps and 3e-8 after 100.
+# Two components few steps: on the 15 rows in 30 columns of one check the climb is chaotic, and
+# what the order of the rows rounds differently, 1e-16, is 1e-12 after 20 steps, 3e-8 after 100.
 @parametrize_with_checks([quick(1, max_iter=100), quick(2)])
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_estimator_contract(estimator, check):

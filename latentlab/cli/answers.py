@@ -19,7 +19,7 @@ __all__ = ["encode", "impute", "reconstruct"]
 
 DRAWS = 1000  # that an expectation is averaged over
 _CELLS = 2**23  # drawn at a time
-_CODES = 1000  # of a row, that its missing cells are drawn from
+_CODES = 1000  # of a row, that its missing cells are averaged over
 
 
 @app.command("encode", epilog="Example: latentlab encode run/ new.csv --out codes.csv")
@@ -91,7 +91,7 @@ def impute(
 ) -> None:
     """Fill missing cells with what they are expected to be, given those that are there.
 
-    Exact for mixtures, linear models and hidden Markov models; for a VAE the mean of 1000 draws.
+    Exact for mixtures, linear models and hidden Markov models; for a VAE the mean over 1000 draws.
     Cells that are there stay as they are.
     """
     with bad_input():
@@ -103,8 +103,8 @@ def impute(
             raise ValueError(f"{run}: {what}: cannot fill missing cells")
         rows = read_for(posterior, data, columns, id, time)
         expect_writable(out, data)
-        warn_of(posterior, run)
         x = _filled(posterior, rows, seed)
+        warn_of(posterior, run)
     write_table(_table(posterior, rows, x), out)
 
 
@@ -138,20 +138,17 @@ def _filled(posterior: ll.Posterior, rows: Rows, seed: int | None) -> Tensor:
     if isinstance(model, ll.VariationalAutoencoder):
         return _filled_by_draws(model, rows.x.x, posterior.seed if seed is None else seed)
     draws = _draws(posterior, seed)
-    if isinstance(model, ll.HiddenMarkovModel):
-        from latentlab.models.hmm_missing import filled
-
-        return filled(model, draws, rows.x)[rows.x.inside]
-    return model.impute(rows.x, draws).mean
+    mean = model.impute(rows.x, draws).mean
+    return mean[rows.x.inside] if isinstance(model, ll.HiddenMarkovModel) else mean
 
 
 def _filled_by_draws(model: ll.VariationalAutoencoder, x: Tensor, seed: int) -> Tensor:
-    """Means of draws, of the rows that miss a cell, as many at a time as memory holds."""
+    """The rows that miss a cell at their means, as many at a time as memory holds."""
     import torch
 
     x, gaps = x.clone(), x.isnan().any(1).nonzero()[:, 0]
-    step = max(1, _CELLS // (DRAWS * x.shape[1]))
-    for i, part in enumerate(gaps.split(step)):
-        drawn = model.impute(x[part], DRAWS, _CODES, seed=seed + i)
+    step = max(1, _CELLS // (_CODES * x.shape[1]))
+    for i, part in enumerate(gaps.split(step) if len(gaps) else ()):
+        drawn = model.impute(x[part], 2, _CODES, seed=seed + i)
         x[part] = torch.where(x[part].isnan(), drawn.mean.to(x), x[part])
     return x

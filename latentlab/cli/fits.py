@@ -9,7 +9,7 @@ import typer
 
 import latentlab as ll
 from latentlab.cli.commands import fit
-from latentlab.cli.inputs import bad_input, listed
+from latentlab.cli.inputs import bad_input, listed, seeded
 from latentlab.cli.options import Columns, Data, Json, Out, Seed, option
 from latentlab.cli.results import fit_and_write
 
@@ -68,13 +68,17 @@ def fit_hmm(
     """Fit a hidden Markov model to one sequence, or to several with --id.
 
     DATA has one line for each step, in order, or with --time in any order. Empty cells are missing
-    and integrated out. --columns are those that are modelled, besides --id and --time.
+    and integrated out. --columns are those that are modelled, besides --id and --time. Ids may be
+    text; times are numbers or dates, as 2026-01-31.
     """
     with bad_input():
-        chosen = listed(columns)
-        extra = [name for name in (id, time) if name is not None]
-        table = ll.data.load(data, chosen and [*chosen, *extra])
-        found = ll.data.as_sequences(table, id=id, time=time, argument=str(data))
+        from latentlab.data.load import load_steps
+
+        if emission == "categorical" and categories is None:
+            raise ValueError("--categories: expected the number of codes of a column, 0 to C - 1")
+        keys = [name for name in (id, time) if name is not None]
+        frame = load_steps(data, listed(columns), keys=keys)
+        found = ll.data.as_sequences(frame, id=id, time=time, argument=str(data))
         model = ll.HiddenMarkovModel(
             states, found.x.shape[-1], emissions=emission, num_categories=categories
         )
@@ -91,7 +95,11 @@ def fit_vae(
     out: Out,
     likelihood: Annotated[
         str | None,
-        option("KIND", "gaussian, bernoulli or poisson; by default bernoulli for images."),
+        option(
+            "KIND",
+            "gaussian, bernoulli, poisson or categorical:C; with commas one for each column. By "
+            "default bernoulli for images, gaussian for tables.",
+        ),
     ] = None,
     columns: Columns = None,
     batch_size: _Batch = None,
@@ -111,9 +119,12 @@ def fit_vae(
         else:
             x = _table(data, columns)
             shape = x.x.shape[1]
-        model = ll.VariationalAutoencoder(
-            likelihood=likelihood or "gaussian", latent_dim=latent, num_features=shape
-        )
+        with seeded(seed):
+            model = ll.VariationalAutoencoder(
+                likelihood=_likelihood(likelihood or "gaussian"),
+                latent_dim=latent,
+                num_features=shape,
+            )
     settings = {"batch_size": batch_size, "max_steps": max_steps, "seed": seed}
     fit_and_write(model, x, out, settings, as_json=as_json)
 
@@ -135,9 +146,29 @@ def fit_flow(
     """
     with bad_input():
         table = _table(data, columns)
-        model = ll.FlowDensity(table.x.shape[1], kind)  # type: ignore[arg-type]
+        with seeded(seed):
+            model = ll.FlowDensity(table.x.shape[1], kind)  # type: ignore[arg-type]
     settings = {"batch_size": batch_size, "max_steps": max_steps, "seed": seed}
     fit_and_write(model, table, out, settings, as_json=as_json)
+
+
+def _likelihood(words: str) -> Any:  # noqa: ANN401
+    """What is meant by ``gaussian``, ``categorical:3`` or ``gaussian,poisson,categorical:3``."""
+    from latentlab.distributions import Categorical, Columns
+
+    kinds: dict[str, Any] = {word: word for word in ("gaussian", "bernoulli", "poisson")}
+    chosen = [word.strip() for word in words.split(",")]
+    for word in chosen:
+        name, _, count = word.partition(":")
+        if name == "categorical" and count.isdecimal():
+            kinds.setdefault(word, Categorical(int(count)))
+        if word not in kinds:
+            raise ValueError(
+                "--likelihood: expected gaussian, bernoulli, poisson or, for codes 0 to 2, "
+                f"categorical:3, got {word!r}"
+            )
+    found = [kinds[word] for word in chosen]
+    return found[0] if len(found) == 1 else Columns(found)
 
 
 def _table(data: Path, columns: str | None) -> ll.data.Table:

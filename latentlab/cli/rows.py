@@ -14,6 +14,7 @@ from latentlab.cli.inputs import listed, names_of
 
 if TYPE_CHECKING:
     import numpy as np
+    import pandas as pd
     from torch import Tensor
 
 __all__ = ["Rows", "are_images", "read_for"]
@@ -102,36 +103,38 @@ def _sequences(
     time: str | None,
 ) -> Rows:
     """Sequences, and where in the file each step stands."""
-    import torch
+    from latentlab.data.load import load_steps
 
     model: Any = posterior.model
-    chosen = listed(columns)
-    table = ll.data.load(data, chosen and [*chosen, *keys])
-    if missing := [key for key in keys if key not in table.names]:
-        raise ValueError(f"{data}: no column {missing[0]!r}; it has {', '.join(table.names)}")
-    names = posterior.names or tuple(name for name in table.names if name not in keys)
-    _refuse_more(data, table.names, (*names, *keys))
+    frame = load_steps(data, listed(columns), keys=keys)
+    given = tuple(frame.columns)
+    names = posterior.names or tuple(name for name in given if name not in keys)
+    _refuse_more(data, given, (*names, *keys), " and name ids and times with --id and --time")
     # Where a step stands travels with it as one more column.
-    place = max(table.names, key=len) + "_row"  # longer than any other name
-    rows = torch.arange(len(table), dtype=torch.float64)[:, None]
-    wide = ll.data.Table(torch.cat([table.x.double(), rows], 1), (*table.names, place))
+    place = max(given, key=len) + "_row"  # longer than any other name
+    wide = frame.assign(**{place: range(len(frame))})
     found = ll.data.as_sequences(wide, id=id, time=time, argument=str(data))
     order = found.x[..., -1][found.inside].long()
     x = ll.data.Sequences(found.x[..., :-1], found.lengths, found.names[:-1])
     (cells, lengths), _, _ = model.arrange(x, names=posterior.names)
-    kept = {key: _whole(table.x[:, table.names.index(key)]) for key in keys}
+    kept = {key: _as_written(frame[key]) for key in keys}
     return Rows(ll.data.Sequences(cells, lengths, names), kept, order)
 
 
-def _whole(values: Tensor) -> np.ndarray:
-    """Numbers, without a point where none needs one."""
-    found = values.numpy(force=True)
-    return found.astype(int) if (found == found.round()).all() else found
+def _as_written(column: pd.Series) -> np.ndarray:
+    """Ids or times for a table: whole numbers as such, text as it stands in the file."""
+    texts = column.astype(str)
+    if column.dtype.kind == "f":
+        texts = texts.str.removesuffix(".0")
+    whole = texts.str.fullmatch(r"0|-?[1-9]\d{0,17}").all()
+    return texts.astype("int64").to_numpy() if whole else column.to_numpy()
 
 
-def _refuse_more(data: Path, given: tuple[str, ...], names: tuple[str, ...]) -> None:
+def _refuse_more(
+    data: Path, given: tuple[str, ...], names: tuple[str, ...], more: str = ""
+) -> None:
     if set(given) > set(names):
         line = io.StringIO()
         csv.writer(line).writerow(names)
         way = shlex.quote(line.getvalue().strip())
-        raise ValueError(f"{data}: more columns than were fitted; add --columns {way}")
+        raise ValueError(f"{data}: more columns than were fitted; add --columns {way}{more}")

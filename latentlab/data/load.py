@@ -14,18 +14,21 @@ import lzma
 import os
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import IO, TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
 from latentlab.data.convert import as_table, from_frame
 from latentlab.data.table import Columns, Table, check_unique, listed
 
-__all__ = ["load"]
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["load", "load_steps"]
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _JSON = (".jsonl", ".ndjson")
@@ -74,6 +77,51 @@ def load(source: object, columns: Columns | None = None) -> Table:
     return from_frame(found, columns, argument=str(path), place=partial(_place, path, kind))
 
 
+def load_steps(
+    source: str | os.PathLike[str], columns: Columns | None = None, *, keys: Sequence[str] = ()
+) -> pd.DataFrame:
+    """Read the steps of sequences: columns of numbers, and those that tell the steps apart.
+
+    Arguments:
+        source: a path, as for :func:`load`.
+        columns: names of the columns of numbers; by default all but the keys.
+        keys: names of columns of any kind: ids, times. Text stays as it stands in the file.
+
+    Returns:
+        A frame, for :func:`latentlab.data.as_sequences`.
+
+    Raises:
+        ValueError: as :func:`load`; also if a key is absent or lacks a value.
+    """
+    path = Path(source).expanduser()
+    if not keys:
+        return _frame_of(load(path, columns))
+    kind = _kind(path)
+    found = _guarded(path, kind, columns, keys)
+    frame = _frame_of(as_table(found, argument=str(path))) if kind in _ARRAYS else found
+    check_unique(frame.columns, str(path))
+    if absent := [key for key in keys if key not in frame.columns]:
+        raise ValueError(f"{path}: no column {listed(absent)}; it has {listed(frame.columns)}")
+    place = partial(_place, path, kind)
+    for key in keys:
+        if (empty := frame[key].isna().to_numpy()).any():
+            row = int(empty.argmax())
+            raise ValueError(f"{path}: column {key!r} has no value in {place(row)}")
+    rest = frame[[name for name in frame.columns if name not in keys]]
+    if not rest.shape[1]:
+        raise ValueError(
+            f"{path}: expected columns of numbers, got no column besides {listed(keys)}"
+        )
+    numbers = _frame_of(from_frame(rest, columns, argument=str(path), place=place))
+    return numbers.assign(**{key: frame[key].to_numpy() for key in keys})
+
+
+def _frame_of(table: Table) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame(table.x.numpy(force=True), columns=list(table.names))
+
+
 def _kind(path: Path) -> str:
     """The ending that says how to read the file."""
     if path.is_dir():
@@ -92,12 +140,12 @@ def _kind(path: Path) -> str:
     return kind
 
 
-def _guarded(path: Path, kind: str, columns: Columns | None) -> Any:  # noqa: ANN401
+def _guarded(path: Path, kind: str, columns: Columns | None, texts: Sequence[str] = ()) -> Any:  # noqa: ANN401
     """The array or frame in the file; whatever is wrong with it, in one line."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _read(path, kind, columns)
+            return _read(path, kind, columns, texts)
     except (MemoryError, PermissionError):
         raise
     except ImportError as error:
@@ -113,11 +161,11 @@ def _guarded(path: Path, kind: str, columns: Columns | None) -> Any:  # noqa: AN
         ) from error
 
 
-def _read(path: Path, kind: str, columns: Columns | None) -> Any:  # noqa: ANN401
+def _read(path: Path, kind: str, columns: Columns | None, texts: Sequence[str]) -> Any:  # noqa: ANN401
     import pandas as pd
 
     if kind in _SEPARATORS:
-        return _read_csv(path, _SEPARATORS[kind], named=columns is not None)
+        return _read_csv(path, _SEPARATORS[kind], texts, named=columns is not None)
     if kind in _JSON:
         return _read_json(path)
     return pd.read_parquet(path) if kind == ".parquet" else _read_array(path)
@@ -150,7 +198,7 @@ def _read_json(path: Path) -> Any:  # noqa: ANN401
         raise
 
 
-def _read_csv(path: Path, separator: str, *, named: bool) -> Any:  # noqa: ANN401
+def _read_csv(path: Path, separator: str, texts: Sequence[str], *, named: bool) -> Any:  # noqa: ANN401
     import pandas as pd
 
     header = next((cells for _, cells in _records(path, separator)), [])
@@ -167,7 +215,8 @@ def _read_csv(path: Path, separator: str, *, named: bool) -> Any:  # noqa: ANN40
     check_unique([name for name in header if name], "line 1")  # pandas would rename them
     try:
         warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
-        frame = pd.read_csv(path, sep=separator, index_col=False)
+        kinds = dict.fromkeys(texts, str)
+        frame = pd.read_csv(path, sep=separator, index_col=False, dtype=kinds)
     except (pd.errors.ParserError, pd.errors.ParserWarning):
         _check_lengths(path, separator, len(header))
         raise

@@ -113,7 +113,8 @@ def as_sequences(
         data: the sequences; NaN where a cell is missing.
         lengths: number of steps of each sequence, whole numbers from 1 on.
         id: name of the column that tells sequences apart, of any kind.
-        time: name of the column that orders the steps of a sequence.
+        time: name of the column that orders the steps of a sequence: numbers or dates, also as
+            text (2026-01-31).
         names: the columns that there must be, see :func:`latentlab.data.checks.match_columns`.
         argument: what messages call ``data``.
 
@@ -123,7 +124,7 @@ def as_sequences(
     Raises:
         TypeError: for text, complex or sparse values.
         ValueError: for an empty sequence, columns that differ between sequences, infinite values,
-            lengths that do not fit, or a time that a sequence has twice.
+            lengths that do not fit, a time that a sequence has twice, or text that is no time.
 
     Example:
         >>> import pandas as pd
@@ -227,7 +228,7 @@ def _by_id(data: Any, id: str | None, time: str | None, argument: str) -> list[A
     group = np.zeros(len(frame), int) if id is None else pd.factorize(frame[id])[0]
     order = np.argsort(group, kind="stable")
     if time is not None:
-        rank = frame[time].rank(method="dense").to_numpy()
+        rank = _in_time(frame[time], argument).rank(method="dense").to_numpy()
         order = np.lexsort((rank, group))
         again = (np.diff(rank[order]) == 0) & (np.diff(group[order]) == 0)
         if again.any():
@@ -241,6 +242,27 @@ def _by_id(data: Any, id: str | None, time: str | None, argument: str) -> list[A
     ends = np.flatnonzero(np.diff(group[order])) + 1
     parts = np.split(order, ends)
     return [Table(rest.x[torch.from_numpy(part)], rest.names) for part in parts]
+
+
+def _in_time(column: Any, argument: str) -> Any:  # noqa: ANN401
+    """A column of times that sorts as they passed: text of numbers or dates as what it says."""
+    import pandas as pd
+    from pandas.api import types
+
+    is_text = types.is_object_dtype(column) or types.is_string_dtype(column)
+    if not is_text or getattr(column.dtype, "ordered", False):
+        return column
+    numbers = pd.to_numeric(column, errors="coerce")
+    if not numbers.isna().any():
+        return numbers
+    dates = pd.to_datetime(column, format="ISO8601", errors="coerce", utc=True)
+    if (odd := dates.isna().to_numpy()).any():
+        row = int((odd & numbers.isna().to_numpy()).argmax())
+        raise ValueError(
+            f"time: expected numbers, or dates such as 2026-01-31, in {column.name!r} of "
+            f"{argument}, got {shown(column.iloc[row])} (row {row}); use pandas.to_datetime"
+        )
+    return dates
 
 
 def _table(data: Any, argument: str, names: Sequence[str] | None) -> Table:  # noqa: ANN401

@@ -92,7 +92,10 @@ def align(
         labels switched, and put back, in a share 0.2 ± 0.2 of 4 draws
     """
     x = _features(draws, axes)
-    S = len(x)
+    S, middle = len(x), x.mean((0, 1))
+    reach = abs(x - middle).max((0, 1))
+    unit = np.where(reach > 0, reach, 1.0)  # so that no square is zero, or infinite
+    x = (x - middle) / unit
     if reference is None:
         permutations = _keep_most_common(_iterate(x, x[0]))
     else:
@@ -103,7 +106,7 @@ def align(
                 "reference: expected the shapes of one draw, "
                 f"got { ({site: tuple(value.shape[1:]) for site, value in one.items()}) }"
             )
-        permutations = _iterate(x, centre[0], fixed=True)
+        permutations = _iterate(x, (centre[0] - middle) / unit, fixed=True)
 
     counts = np.unique(permutations, axis=0, return_counts=True)[1]
     share = 1 - counts.max() / S

@@ -10,7 +10,7 @@ Letters: D cells of a row, whatever their shape.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -20,7 +20,7 @@ from torch.distributions.utils import _sum_rightmost
 
 from latentlab.distributions.quadratic import is_traced
 
-__all__ = ["Cells", "Parts", "may_miss"]
+__all__ = ["Cells", "FillsRows", "Parts", "fill_of", "may_miss"]
 
 
 def may_miss(x: Tensor) -> bool:
@@ -36,6 +36,58 @@ def may_miss(x: Tensor) -> bool:
         (True, False)
     """
     return is_traced() or bool(x.sum().isnan())
+
+
+@runtime_checkable
+class FillsRows(Protocol):
+    """A distribution of a row that knows its missing cells given those that are there."""
+
+    def given_rest(self, rows: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of missing cells given the others.
+
+        For a batch shape (..., 1, K), the 1 for the rows. Letters: n rows, M missing cells.
+
+        Arguments:
+            rows: shape (n, D), NaN in the cells that are missing.
+            gap: columns of these, the same for all rows, rising, shape (M,).
+
+        Returns:
+            Two tensors (..., n, K, M).
+        """
+
+
+def fill_of(row: Any, rows: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    """What ``row.given_rest`` says; without it, what a row is that misses all of its cells.
+
+    Arguments:
+        row: a distribution of a row, batch shape (..., 1, K).
+        rows: as for :class:`FillsRows`.
+        gap: as for :class:`FillsRows`.
+
+    Raises:
+        ValueError: if some cells are there, and the distribution does not know of the others.
+
+    Example:
+        >>> from torch.distributions import Independent, Normal
+        >>> row = Independent(Normal(torch.zeros(1, 3, 2), 1.0), 1)
+        >>> mean, sd = fill_of(row, torch.full((5, 2), torch.nan), torch.arange(2))
+        >>> mean.shape
+        torch.Size([5, 3, 2])
+    """
+    if isinstance(row, FillsRows):
+        return row.given_rest(rows, gap)
+    if len(gap) < rows.shape[-1]:
+        raise ValueError(
+            f"x: cells that are missing beside others: a {type(row).__name__} does not say what "
+            "they are given the others; give it a method given_rest(rows, gap), or emit "
+            "latentlab.distributions.Cells or NormalRow"
+        )
+    return _for_rows(row.mean, len(rows)), _for_rows(row.stddev, len(rows))
+
+
+def _for_rows(values: Tensor, num_rows: int) -> Tensor:
+    """(..., 1, K, M) as (..., n, K, M)."""
+    return values.expand(*values.shape[:-3], num_rows, *values.shape[-2:])
 
 
 class _OrMissing(constraints.Constraint):
@@ -150,7 +202,22 @@ class Cells(TorchDistribution):
     @property
     def variance(self) -> Tensor:
         """Variance of each cell."""
-        return self.base.variance * (1.0 if self.unit is None else self.unit**2)
+        return self.stddev.square()
+
+    @property
+    def stddev(self) -> Tensor:
+        """Standard deviation of each cell."""
+        return self.base.variance.sqrt() * (1.0 if self.unit is None else self.unit)
+
+    def given_rest(self, rows: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and sd of missing cells, of tables; the others say nothing of them.
+
+        Arguments:
+            rows: as for :class:`FillsRows`.
+            gap: as for :class:`FillsRows`.
+        """
+        mean, sd = self.mean[..., gap], self.stddev[..., gap]
+        return _for_rows(mean, len(rows)), _for_rows(sd, len(rows))
 
     def _placed(self, value: Tensor) -> Tensor:
         value = value if self.unit is None else value * self.unit
@@ -222,6 +289,25 @@ class Parts(TorchDistribution):
     def variance(self) -> Tensor:
         """Variance of each cell."""
         return self._put_together([part.variance for part in self.parts])
+
+    def given_rest(self, rows: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and sd of missing cells given the others of their part.
+
+        Arguments:
+            rows: as for :class:`FillsRows`.
+            gap: as for :class:`FillsRows`.
+        """
+        means, sds, places = [], [], []
+        sizes = [part.event_shape[0] for part in self.parts]
+        for part, columns in zip(self.parts, self.order.argsort().split(sizes), strict=True):
+            own = torch.isin(columns, gap).nonzero()[:, 0]
+            if len(own):
+                mean, sd = fill_of(part, rows[:, columns], own)
+                means.append(mean)
+                sds.append(sd)
+                places.append(columns[own])
+        order = torch.cat(places).argsort()
+        return torch.cat(means, -1)[..., order], torch.cat(sds, -1)[..., order]
 
     def _put_together(self, pieces: list[Tensor]) -> Tensor:
         return torch.cat(pieces, -1).index_select(-1, self.order)

@@ -14,17 +14,32 @@ Reference:
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from latentlab.distributions.mixture import NormalMixture
+from latentlab.distributions.normal_row import given_rest
 
-__all__ = ["completed"]
+__all__ = ["Completed", "completed"]
 
 _CHUNK = 2**22  # numbers of (S, N, K, D) held at a time
 
 
-def completed(mixture: NormalMixture, x: Tensor) -> tuple[Tensor, Tensor]:
+class Completed(NamedTuple):
+    """Rows, or steps of sequences, with their missing cells filled in.
+
+    Arguments:
+        mean: the cells, or what they are expected to be where missing, shape (..., D).
+        sd: standard deviation of the latter, shape (..., D); zero where a cell is there.
+    """
+
+    mean: Tensor
+    sd: Tensor
+
+
+def completed(mixture: NormalMixture, x: Tensor) -> Completed:
     """Mean and standard deviation of missing cells given those that are there, shape (N, D) each.
 
     Arguments:
@@ -53,7 +68,7 @@ def completed(mixture: NormalMixture, x: Tensor) -> tuple[Tensor, Tensor]:
             for part in open_rows[places == m].split(step):
                 found = _moments(mixture, x[part].double(), gap, (~pattern).nonzero()[:, 0])
                 mean[part[:, None], gap], sd[part[:, None], gap] = found
-    return mean.to(x), sd.to(x)
+    return Completed(mean.to(x), sd.to(x))
 
 
 def _moments(
@@ -65,7 +80,7 @@ def _moments(
     middle = locs[..., gap].mean((0, 1, 2))
     away = locs[..., gap] - middle  # (S, 1, K, M)
     if trils is not None:
-        shift, spread = _within(trils, locs, x, gap, there)
+        shift, spread = given_rest(trils, locs, x, gap, there)
         away = away + shift
     elif scales is not None:
         spread = scales.double().expand_as(locs)[..., gap]
@@ -73,22 +88,3 @@ def _moments(
     first = (odds * (away / unit)).sum(2).mean(0)
     second = (odds * ((spread / unit).square() + (away / unit).square())).sum(2).mean(0)
     return middle + unit * first, unit * (second - first.square()).clamp_min(0.0).sqrt()
-
-
-def _within(
-    trils: Tensor, locs: Tensor, x: Tensor, gap: Tensor, there: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What the observed cells add to the mean (S, n, K, M), and the sd left (S, 1, K, M)."""
-    rows = trils.double().expand(*locs.shape, locs.shape[-1])
-    unit = rows.abs().sum(-1)  # (S, 1, K, D)
-    rows = rows / unit.unsqueeze(-1)
-    seen, lost = rows[..., there, :], rows[..., gap, :]
-    factor = torch.linalg.cholesky(seen @ seen.mT)
-    gain = torch.linalg.solve_triangular(factor, seen @ lost.mT, upper=False)  # (S, 1, K, O, M)
-    left = (lost.square().sum(-1) - gain.square().sum(-2)).clamp_min(0.0).sqrt()
-    away = (x[:, None, there] - locs[..., there]) / unit[..., there]  # (S, n, K, O)
-    # One solve for all rows of a component: (S, 1, K, O, n).
-    columns = away.movedim(1, -1).unsqueeze(1)
-    whitened = torch.linalg.solve_triangular(factor, columns, upper=False)
-    shift = (gain.mT @ whitened).squeeze(1).movedim(-1, 1)  # (S, n, K, M)
-    return shift * unit[..., gap], left * unit[..., gap]

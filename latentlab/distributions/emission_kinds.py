@@ -20,7 +20,7 @@ from latentlab.distributions.correlations import (
     correlation_tril,
     partial_correlations,
 )
-from latentlab.distributions.normal_row import NormalRow
+from latentlab.distributions.normal_row import NormalRow, normal_cells
 
 __all__ = ["BernoulliEmission", "CategoricalEmission", "GaussianEmission", "PoissonEmission"]
 
@@ -58,7 +58,7 @@ class GaussianEmission(nn.Module):
         """Priors in the units of the data."""
         log_half = (self.spread / 2).log()
         found = {
-            "locs": dist.Normal(self.center, 3 * self.spread).to_event(1),
+            "locs": normal_cells(self.center, 3 * self.spread).to_event(1),
             "scales": dist.LogNormal(log_half, torch.ones_like(log_half)).to_event(1),
         }
         if self._is_tilted:
@@ -76,16 +76,17 @@ class GaussianEmission(nn.Module):
             scales: standard deviations, shape (..., K, D).
             correlations: partial correlations, shape (..., K, P).
         """
-        floor = _FLOOR * self.spread
-        floored = (scales.square() + floor.square()).sqrt()
+        scales = scales / self.spread  # first: of a tiny scale the square is zero
+        floored = (scales.square() + _FLOOR**2).sqrt()
         if correlations is None:
-            return Cells(dist.Normal(locs, floored), event_dim=1)
+            standard = dist.Normal((locs - self.center) / self.spread, floored)
+            return Cells(standard, event_dim=1, origin=self.center, unit=self.spread)
         # The floor widens scales, and shrinks correlations by what it adds.
         share = scales / floored
         tril = share.unsqueeze(-1) * correlation_tril(correlations, self.num_features)
         rest = (1 - share) * (1 + share) + _ROUNDING
         tril = torch.linalg.cholesky_ex(tril @ tril.mT + rest.diag_embed())[0]
-        return NormalRow(locs, floored.unsqueeze(-1) * tril)
+        return NormalRow(locs, (self.spread * floored).unsqueeze(-1) * tril)
 
     def measure(self, x: Tensor) -> None:
         """Take mean and standard deviation of the columns as units, in place."""

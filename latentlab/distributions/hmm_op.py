@@ -219,8 +219,11 @@ def _second_derivatives(ctx: Any, *seeds: Tensor | None) -> tuple:  # noqa: ANN4
         weights, initial, transitions, seen = (x.detach().requires_grad_() for x in given)
         arrays = (initial, transitions, seen)
         total = (weights * _plain(*arrays, lengths)).sum()
-        first = torch.autograd.grad(total, arrays, create_graph=True)
-        pairs = [(g, s) for g, s in zip(first, seeds, strict=True) if s is not None]
+        # Chains of one step have no transition.
+        first = torch.autograd.grad(total, arrays, create_graph=True, materialize_grads=True)
+        pairs = [
+            (g, s) for g, s in zip(first, seeds, strict=True) if s is not None and g.requires_grad
+        ]
         found = torch.autograd.grad(
             [g for g, _ in pairs], [weights, *arrays], [s for _, s in pairs], allow_unused=True
         )

@@ -34,7 +34,7 @@ from latentlab.distributions.quadratic import log_sum_exp, quadratic_forms
 __all__ = ["NormalMixture"]
 
 _LOG_2PI = math.log(2 * math.pi)
-_PATTERNS = 64  # of missing cells, up to which each has its own matrices
+_CELLS = 1000  # numbers of (S, N, K, D) that cost what the matrices of one pattern do
 
 
 class _RealOrMissing(constraints.Constraint):
@@ -208,12 +208,12 @@ class NormalMixture(TorchDistribution):
         if isinstance(components, Diagonal):
             return components.through(kernel, x)
         found = missing_patterns(x)
-        if found is None and self.assume_missing or found and len(found[0]) > _PATTERNS:
+        if (not self.assume_missing) if found is None else bool(found[0].all()):
+            return components.through(kernel, x)
+        if found is None or components.locs[..., 0].numel() * x.numel() <= _CELLS * len(found[0]):
             S, K = components.log_weights.shape
             joint = self._directly(x).reshape(S, len(x), K)
             return joint.logsumexp(-1) if kernel is log_sum_exp else joint.movedim(-1, 1)
-        if found is None or found[0].all():
-            return components.through(kernel, x)
         parts, places = [], []
         for m, present in enumerate(found[0]):
             place, there = (found[1] == m).nonzero()[:, 0], present.nonzero()[:, 0]

@@ -12,14 +12,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
-from torch.distributions import constraints
+from torch.distributions import AffineTransform, constraints
 
 from latentlab.distributions.quadratic import is_traced
 
-__all__ = ["NormalRow"]
+__all__ = ["NormalRow", "given_rest", "normal_cells"]
 
 _LOG_2PI = math.log(2 * math.pi)
 
@@ -77,12 +78,10 @@ class NormalRow(TorchDistribution):
         # Missing cells become independent standard normal ones at their mean: they add nothing
         # but a constant, and the others keep their marginal.
         away = torch.where(missing, 0.0, value - self.loc)
-        covariance = self.scale_tril @ self.scale_tril.mT
         apart = missing.unsqueeze(-1) | missing.unsqueeze(-2)
         eye = torch.eye(value.shape[-1], dtype=value.dtype, device=value.device)
-        unit = covariance.diagonal(dim1=-2, dim2=-1).sqrt()
-        scaled = covariance / (unit.unsqueeze(-1) * unit.unsqueeze(-2))
-        tril = torch.linalg.cholesky(torch.where(apart, eye, scaled))
+        unit, rows = self._scaled()
+        tril = torch.linalg.cholesky(torch.where(apart, eye, rows @ rows.mT))
         unit = torch.where(missing, 1.0, unit)
         there = (~missing).sum(-1).to(value.dtype)
         return self._density(away / unit, tril, there) - unit.log().sum(-1)
@@ -106,6 +105,19 @@ class NormalRow(TorchDistribution):
         with torch.no_grad():
             return self.rsample(sample_shape)
 
+    def given_rest(self, rows: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and sd of missing cells given those that are there.
+
+        Arguments:
+            rows: as for :class:`latentlab.distributions.cells.FillsRows`.
+            gap: as for :class:`latentlab.distributions.cells.FillsRows`.
+        """
+        there = torch.ones(self.event_shape, dtype=torch.bool, device=gap.device)
+        there = there.index_fill(0, gap, False).nonzero()[:, 0]
+        shift, sd = given_rest(self.scale_tril, self.loc, rows, gap, there)
+        mean = self.loc[..., gap] + shift
+        return mean, sd.expand(mean.shape)
+
     @property
     def mean(self) -> Tensor:
         """Mean of each cell."""
@@ -114,4 +126,63 @@ class NormalRow(TorchDistribution):
     @property
     def variance(self) -> Tensor:
         """Variance of each cell."""
-        return self.scale_tril.square().sum(-1).expand(self.batch_shape + self.event_shape)
+        return self.stddev.square()
+
+    @property
+    def stddev(self) -> Tensor:
+        """Standard deviation of each cell."""
+        unit, rows = self._scaled()
+        sd = unit * rows.square().sum(-1).sqrt()
+        return sd.expand(self.batch_shape + self.event_shape)
+
+    def _scaled(self) -> tuple[Tensor, Tensor]:
+        """Scales of cells (..., D), and the Cholesky factor in them: nothing small is squared."""
+        unit = self.scale_tril.abs().sum(-1)
+        return unit, self.scale_tril / unit.unsqueeze(-1)
+
+
+def normal_cells(loc: Tensor, scale: Tensor) -> dist.TransformedDistribution:
+    """Independent N(loc, scale), whose density squares no scale: none is too small or too large.
+
+    Arguments:
+        loc: means, of any shape.
+        scale: standard deviations, of the same shape.
+    """
+    standard = dist.Normal(torch.zeros_like(loc), 1.0)
+    return dist.TransformedDistribution(standard, [AffineTransform(loc, scale)])
+
+
+def given_rest(
+    trils: Tensor, locs: Tensor, rows: Tensor, gap: Tensor, there: Tensor
+) -> tuple[Tensor, Tensor]:
+    r"""What the observed cells o of rows say of the missing ones m, in each of K components.
+
+    .. math:: \Sigma_{mo} \Sigma_{oo}^{-1} (x_o - \mu_o), \qquad
+        \mathrm{diag}(\Sigma_{mm} - \Sigma_{mo} \Sigma_{oo}^{-1} \Sigma_{om})^{1/2}
+
+    Letters: n rows, M missing and O observed cells.
+
+    Arguments:
+        trils: Cholesky factors of the covariances, shape (..., 1, K, D, D) or less.
+        locs: means, shape (..., 1, K, D), the 1 for the rows.
+        rows: shape (n, D), that all miss the cells in ``gap``.
+        gap: columns of these, shape (M,).
+        there: the other columns, shape (O,).
+
+    Returns:
+        What is added to the mean, shape (..., n, K, M), and the standard deviation that is left,
+        shape (..., 1, K, M).
+    """
+    factors = trils.double().expand(*locs.shape, locs.shape[-1])
+    unit = factors.abs().sum(-1)  # (..., 1, K, D)
+    factors = factors / unit.unsqueeze(-1)
+    seen, lost = factors[..., there, :], factors[..., gap, :]
+    factor = torch.linalg.cholesky(seen @ seen.mT)
+    gain = torch.linalg.solve_triangular(factor, seen @ lost.mT, upper=False)  # (..., 1, K, O, M)
+    left = (lost.square().sum(-1) - gain.square().sum(-2)).clamp_min(0.0).sqrt()
+    away = (rows[:, None, there] - locs[..., there]) / unit[..., there]  # (..., n, K, O)
+    # One solve for all rows of a component: (..., 1, K, O, n).
+    columns = away.movedim(-3, -1).unsqueeze(-4)
+    whitened = torch.linalg.solve_triangular(factor, columns, upper=False)
+    shift = (gain.mT @ whitened).squeeze(-4).movedim(-1, -3)  # (..., n, K, M)
+    return shift * unit[..., gap], left * unit[..., gap]

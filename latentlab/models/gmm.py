@@ -40,15 +40,16 @@ import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
 from torch import Generator, Tensor, nn
-from torch.distributions import AffineTransform
 
 from latentlab.data.checks import as_count, as_rows, warn_constant
 from latentlab.data.table import Table
 from latentlab.distributions import NormalMixture
+from latentlab.distributions.completion import Completed, completed
 from latentlab.distributions.correlations import PartialCorrelations, correlation_tril
+from latentlab.distributions.normal_row import normal_cells
 from latentlab.guides import FullRank, Guide, MeanField, Point
 from latentlab.models.gmm_remarks import remarks_on_components
-from latentlab.models.gmm_rows import Completed, counted, filled
+from latentlab.models.gmm_rows import counted
 from latentlab.models.gmm_starts import Covariance, find_start
 from latentlab.models.gmm_units import as_counts, check_one_a_row, mean_and_sd, warn_far
 from latentlab.plates import rows
@@ -336,7 +337,7 @@ class GaussianMixture(nn.Module):
             x: rows, shape (N, D), NaN where a cell is missing.
             draws: as for :meth:`responsibilities`.
         """
-        return filled(self.mixture(draws), self._table(x, min_rows=0).x)
+        return completed(self.mixture(draws), self._table(x, min_rows=0).x)
 
     def mixture(self, draws: Mapping[str, Tensor]) -> NormalMixture:
         """The distributions of a row at draws of the latents, batch shape (S, 1).
@@ -447,7 +448,7 @@ class GaussianMixture(nn.Module):
             latents = {"weights": pyro.sample("weights", dist.Dirichlet(alpha))}
             components = pyro.plate("components", K)
             with components:
-                latents["locs"] = pyro.sample("locs", _normal(center, 3 * spread).to_event(1))
+                latents["locs"] = pyro.sample("locs", normal_cells(center, 3 * spread).to_event(1))
             with components if own else nullcontext():
                 latents["scales"] = pyro.sample("scales", scale)
                 if self._is_tilted:
@@ -491,9 +492,3 @@ class GaussianMixture(nn.Module):
         step = max(1, _CHUNK // draws["weights"].numel())
         with torch.no_grad():
             return torch.cat([reduce(mixture.component_log_prob(part)) for part in x.split(step)])
-
-
-def _normal(loc: Tensor, scale: Tensor) -> dist.TransformedDistribution:
-    """N(loc, scale) whose density squares no scale, so that none is too small or too large."""
-    standard = dist.Normal(torch.zeros_like(loc), 1.0)
-    return dist.TransformedDistribution(standard, [AffineTransform(loc, scale)])

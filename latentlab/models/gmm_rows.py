@@ -1,6 +1,6 @@
-"""Rows of a mixture: how often they count, and what is missing in them.
+"""How often the rows of a mixture count.
 
-Letters: N rows, D columns, S draws.
+Letters: N rows.
 """
 
 from __future__ import annotations
@@ -13,11 +13,7 @@ import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
-from latentlab.distributions import NormalMixture
-from latentlab.distributions.completion import completed
-from latentlab.models.ppca_parts import Completed
-
-__all__ = ["Completed", "counted", "filled"]
+__all__ = ["counted"]
 
 
 @contextmanager
@@ -33,13 +29,3 @@ def counted(weights: Tensor | None) -> Iterator[None]:
     there = cast(torch.BoolTensor, weights > 0)
     with poutine.mask(mask=there), poutine.scale(scale=torch.where(there, weights, 1.0)):
         yield
-
-
-def filled(mixture: NormalMixture, x: Tensor) -> Completed:
-    """Rows with their missing cells as expected from those that are there.
-
-    Arguments:
-        mixture: batch shape (S, 1).
-        x: rows, shape (N, D), NaN where a cell is missing.
-    """
-    return Completed(*completed(mixture, x))

@@ -32,16 +32,22 @@ from latentlab.data.checks import as_count, as_rows, warn_constant
 from latentlab.data.sequences import Sequences, as_sequences
 from latentlab.data.table import default_names
 from latentlab.distributions import hmm
+from latentlab.distributions.completion import Completed
 from latentlab.distributions.emissions import ChecksRows, Emission, MeasuresRows, emission_of
 from latentlab.distributions.markov import HiddenMarkov
 from latentlab.guides import FullRank, Guide, MeanField, Point
+from latentlab.models.gmm_units import mean_and_sd, warn_far
 from latentlab.models.hmm_chain import Chain
+from latentlab.models.hmm_missing import completed
 from latentlab.models.hmm_remarks import remarks_on_states
 from latentlab.models.hmm_residuals import residuals_of
 from latentlab.models.hmm_starts import find_start
 from latentlab.plates import sequences
 
 __all__ = ["HiddenMarkovModel"]
+
+_Data = Any  # sequences, or their lengths, of any form that is read
+_Draws = Mapping[str, Tensor]
 
 _START_STEPS = 20_000  # that starting values look at
 _CHUNK = 2**23  # elements of (S, B, T, K) held at a time
@@ -123,7 +129,8 @@ class HiddenMarkovModel(nn.Module):
         for name, number in (("stickiness", stickiness), ("concentration", concentration)):
             bad = not isinstance(number, int | float) or not 0 <= number < math.inf
             if bad or (name == "concentration" and number == 0):
-                raise ValueError(f"{name}: expected a finite number > 0, got {number!r}")
+                least = ">= 0" if name == "stickiness" else "> 0"
+                raise ValueError(f"{name}: expected a finite number {least}, got {number!r}")
         if left_right and initial == "stationary":
             raise ValueError('initial: expected "free" with left_right, got "stationary"')
         self.initial, self.prior, self.left_right = initial, prior, bool(left_right)
@@ -242,7 +249,7 @@ class HiddenMarkovModel(nn.Module):
         return FullRank() if K * (K + numbers) <= 400 else MeanField()
 
     def scale_to(
-        self, x: Tensor, lengths: Tensor | None = None, size: int | None = None
+        self, x: Tensor | Sequences, lengths: Tensor | None = None, size: int | None = None
     ) -> HiddenMarkovModel:
         """Set the priors in the units of the data, in place; returns the model itself.
 
@@ -262,6 +269,7 @@ class HiddenMarkovModel(nn.Module):
                 f"for {len(table)} steps"
             )
         warn_constant(table)
+        warn_far(table, mean_and_sd(table.x)[1])
         if isinstance(self.emission, MeasuresRows):
             self.emission.measure(table.x)
         self.num_steps = data.lengths.max().cpu()
@@ -297,60 +305,35 @@ class HiddenMarkovModel(nn.Module):
 
     # ---- what a fit says -----------------------------------------------------------------------
 
-    def smooth(
-        self,
-        draws: Mapping[str, Tensor],
-        x: Any,  # noqa: ANN401
-        lengths: Any = None,  # noqa: ANN401
-    ) -> Tensor:
+    def smooth(self, x: _Data, draws: _Draws, lengths: _Data = None) -> Tensor:
         r"""Probability of each state at each step given the whole sequence, shape (B, T, K).
 
         .. math:: \mathbb{E}_q \, p(z_t = k \mid x_{1:T}, \theta)
 
         Arguments:
+            x: sequences of any form that a fit takes.
             draws: site -> draws (S, ...), as ``Posterior.sample`` returns them; state k is the
                 same one in each draw.
-            x: sequences of any form that a fit takes.
             lengths: number of steps of each sequence.
         """
         return self._average(hmm.smooth, draws, self._sequences(x, lengths))
 
-    def filter(
-        self,
-        draws: Mapping[str, Tensor],
-        x: Any,  # noqa: ANN401
-        lengths: Any = None,  # noqa: ANN401
-    ) -> Tensor:
+    def filter(self, x: _Data, draws: _Draws, lengths: _Data = None) -> Tensor:
         """Probability of each state given the steps up to then, (B, T, K), as :meth:`smooth`."""
         return self._average(hmm.filter, draws, self._sequences(x, lengths))
 
-    def predict_next(
-        self,
-        draws: Mapping[str, Tensor],
-        x: Any,  # noqa: ANN401
-        lengths: Any = None,  # noqa: ANN401
-    ) -> Tensor:
+    def predict_next(self, x: _Data, draws: _Draws, lengths: _Data = None) -> Tensor:
         """Probability of each state given the steps before, (B, T, K), as :meth:`smooth`."""
         return self._average(hmm.predict_next, draws, self._sequences(x, lengths))
 
-    def decode(
-        self,
-        draws: Mapping[str, Tensor],
-        x: Any,  # noqa: ANN401
-        lengths: Any = None,  # noqa: ANN401
-    ) -> Tensor:
+    def decode(self, x: _Data, draws: _Draws, lengths: _Data = None) -> Tensor:
         """The likeliest path at the posterior mean, (B, T), -1 past the end, as :meth:`smooth`."""
         data = self._sequences(x, lengths)
         chain = self.chain(_mean(draws), data)
         args = (chain.initial, chain.transitions, chain.emitted(data.x), data.lengths)
         return hmm.decode(*args)[0][0]
 
-    def log_prob(
-        self,
-        draws: Mapping[str, Tensor],
-        x: Any,  # noqa: ANN401
-        lengths: Any = None,  # noqa: ANN401
-    ) -> Tensor:
+    def log_prob(self, x: _Data, draws: _Draws, lengths: _Data = None) -> Tensor:
         """Log posterior predictive density of each sequence in nats, (B,), as :meth:`smooth`."""
         data = self._sequences(x, lengths)
         with torch.no_grad():
@@ -358,20 +341,22 @@ class HiddenMarkovModel(nn.Module):
         found = torch.cat(parts)
         return found.logsumexp(0) - math.log(len(found))
 
-    def residuals(
-        self,
-        draws: Mapping[str, Tensor],
-        x: Any,  # noqa: ANN401
-        lengths: Any = None,  # noqa: ANN401
-        seed: int = 0,
-    ) -> Tensor:
+    def impute(self, x: _Data, draws: _Draws, lengths: _Data = None) -> Completed:
+        """Mean and sd of missing cells given all that are there, (B, T, D), as :meth:`smooth`.
+
+        Exact for each draw. Columns of codes cannot be filled, for they have no mean.
+        """
+        data = self._sequences(x, lengths)
+        return completed(self.chains(draws, data), data)
+
+    def residuals(self, x: _Data, draws: _Draws, lengths: _Data = None, seed: int = 0) -> Tensor:
         """One-step-ahead pseudo-residuals (B, T, D), standard normal where the model is right.
 
         See :func:`latentlab.models.hmm_residuals.residuals_of`; at the posterior mean.
 
         Arguments:
-            draws: as for :meth:`smooth`.
             x: as for :meth:`smooth`.
+            draws: as for :meth:`smooth`.
             lengths: as for :meth:`smooth`.
             seed: of the numbers that discrete cells are randomised with.
         """
@@ -395,16 +380,11 @@ class HiddenMarkovModel(nn.Module):
         for start in range(0, total, step):
             yield self.chain({k: v[start : start + step] for k, v in draws.items()}, data)
 
-    def label_rows(
-        self,
-        draws: Mapping[str, Tensor],
-        x: Any,  # noqa: ANN401
-        lengths: Any = None,  # noqa: ANN401
-    ) -> dict[str, Tensor]:
+    def label_rows(self, draws: _Draws, x: _Data, lengths: _Data = None) -> dict[str, Tensor]:
         """Columns for a table of all steps below each other: the path, and each state's odds."""
         data = self._sequences(x, lengths)
-        probs = self.smooth(draws, data)[data.inside]
-        columns = {"state": self.decode(draws, data)[data.inside]}
+        probs = self.smooth(data, draws)[data.inside]
+        columns = {"state": self.decode(data, draws)[data.inside]}
         return columns | {f"probability_{k}": probs[:, k] for k in range(self.num_states)}
 
     def remarks(self, draws: Mapping[str, Tensor], *data: Any) -> list[str]:  # noqa: ANN401
@@ -422,21 +402,10 @@ class HiddenMarkovModel(nn.Module):
         x: Tensor,
         lengths: Tensor | None = None,
     ) -> Any:  # noqa: ANN401
-        """The longest sequence with its states, their probabilities and what they emit."""
-        from latentlab.report.sequences import plot_states
+        """States over time, moves and stays with intervals, residuals."""
+        from latentlab.models.hmm_pictures import picture_of
 
-        data = self._sequences(x, lengths)
-        b = int(data.lengths.argmax())
-        n = int(data.lengths[b])
-        one = Sequences(data.x[b : b + 1, :n], data.lengths[b : b + 1])
-        chain = self.chain(_mean(draws), one)
-        means = chain.emission.mean.reshape(-1, self.num_states, self.num_features)[0]
-        return plot_states(
-            one.x[0].numpy(force=True),
-            self.smooth(draws, one)[0].numpy(force=True),
-            means.numpy(force=True),
-            names,
-        )
+        return picture_of(self, draws, names, self._sequences(x, lengths))
 
     def spec(self) -> dict[str, Any]:
         """What builds this model again, where its emissions have names."""
@@ -465,8 +434,10 @@ class HiddenMarkovModel(nn.Module):
     def _sequences(self, x: Any, lengths: Any = None) -> Sequences:  # noqa: ANN401
         if isinstance(x, Sequences) and x.x.dtype == torch.float64:
             return x
-        (x, lengths), _, _ = self.arrange(x, lengths)
-        return Sequences(x, lengths)
+        if x is None:
+            raise TypeError("x: expected sequences, got None")
+        (x, lengths), _, names = self.arrange(x, lengths)
+        return Sequences(x, lengths, names or ())
 
     def _check_width(self, x: Tensor) -> None:
         if x.shape[-1] != self.num_features:

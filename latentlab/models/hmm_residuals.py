@@ -68,10 +68,13 @@ def _below(emission: Any, value: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN4
         low, high = (torch.cat(bounds, -1) for bounds in zip(*found, strict=True))
         return low, high
     if isinstance(emission, NormalRow):
-        marginal = dist.Normal(emission.mean, emission.variance.sqrt())
+        marginal = dist.Normal(emission.mean, emission.stddev)
         at = marginal.cdf(value)
         return at, at
     base = emission.base if isinstance(emission, Cells) else getattr(emission, "base_dist", None)
+    if isinstance(emission, Cells):
+        value = value if emission.origin is None else value - emission.origin
+        value = value if emission.unit is None else value / emission.unit
     if isinstance(base, dist.Poisson):
         rate = base.rate
         high = torch.special.gammaincc(value + 1, rate)

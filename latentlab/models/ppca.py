@@ -43,13 +43,13 @@ from torch.distributions import AffineTransform
 from latentlab.data.checks import as_count, as_rows, warn_constant
 from latentlab.data.table import Table
 from latentlab.distributions.chi import Chi
+from latentlab.distributions.completion import Completed
 from latentlab.distributions.low_rank import LowRankNormal
 from latentlab.guides import FullRank, Guide, MeanField, Point
 from latentlab.models.gmm_units import mean_and_sd, warn_far
 from latentlab.models.ppca_optimum import find_optimum
 from latentlab.models.ppca_parts import (
     FLOOR,
-    Completed,
     Encoding,
     pattern_of,
     pivoted,

@@ -16,7 +16,6 @@ from latentlab.models.ppca_optimum import covariance_of, principal_axes
 
 __all__ = [
     "FLOOR",
-    "Completed",
     "Encoding",
     "pattern_of",
     "pivoted",
@@ -39,18 +38,6 @@ class Encoding(NamedTuple):
 
     mean: Tensor
     covariance: Tensor
-
-
-class Completed(NamedTuple):
-    """Rows with their missing cells filled in.
-
-    Arguments:
-        mean: the cells, or what they are expected to be where missing, shape (N, D).
-        sd: standard deviation of the latter, shape (N, D); zero where a cell is there.
-    """
-
-    mean: Tensor
-    sd: Tensor
 
 
 def pattern_of(num_features: int, latent_dim: int) -> tuple[Tensor, Tensor]:

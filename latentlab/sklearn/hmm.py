@@ -25,7 +25,7 @@ from latentlab.diagnostics import align
 from latentlab.distributions import hmm
 from latentlab.distributions.emissions import ChecksRows
 from latentlab.inference.engine import fit
-from latentlab.sklearn.rows import read_rows, seed_of
+from latentlab.sklearn.rows import check_variances, read_rows, seed_of
 
 if TYPE_CHECKING:
     from latentlab.inference.verdict import Verdict
@@ -94,7 +94,7 @@ class _HMM(BaseEstimator):
             lengths: number of rows of each sequence.
         """
         data = self._read(X, lengths)
-        return self._model.decode(self._draws(), data)[data.inside].numpy()
+        return self._model.decode(data, self._draws())[data.inside].numpy()
 
     def decode(self, X: Any, lengths: Any = None) -> tuple[float, np.ndarray]:  # noqa: ANN401
         """The likeliest path, and its log joint density with the rows, in nats.
@@ -118,7 +118,7 @@ class _HMM(BaseEstimator):
             lengths: number of rows of each sequence.
         """
         data = self._read(X, lengths)
-        return self._model.smooth(self._draws(), data)[data.inside].numpy()
+        return self._model.smooth(data, self._draws())[data.inside].numpy()
 
     def score_samples(self, X: Any, lengths: Any = None) -> np.ndarray:  # noqa: ANN401
         r"""Log-density of each row given those before it, at the posterior mean, shape (N,).
@@ -142,7 +142,7 @@ class _HMM(BaseEstimator):
             lengths: number of rows of each sequence.
         """
         data = self._read(X, lengths)
-        return float(self._model.log_prob(self._draws(), data).sum())
+        return float(self._model.log_prob(data, self._draws()).sum())
 
     def sample(self, n_samples: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """A new sequence at one draw of the posterior.
@@ -315,6 +315,7 @@ class GaussianHMM(_HMM):
         if self.covariance_type not in names:
             known = " or ".join(f'"{name}"' for name in names)
             raise ValueError(f"covariance_type: expected {known}, got {self.covariance_type!r}")
+        check_variances(data.rows())
         return {"emissions": names[self.covariance_type]}
 
     def _set_emissions(self, draws: Mapping[str, Tensor]) -> None:

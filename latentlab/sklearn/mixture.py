@@ -19,11 +19,10 @@ from torch import Tensor
 
 from latentlab import models
 from latentlab.data.checks import as_count
-from latentlab.data.table import Table
 from latentlab.diagnostics import align
 from latentlab.inference.engine import fit
 from latentlab.models.gmm_units import as_counts
-from latentlab.sklearn.rows import read_rows, seed_of
+from latentlab.sklearn.rows import check_variances, read_rows, seed_of
 
 if TYPE_CHECKING:
     from latentlab.inference.verdict import Verdict
@@ -35,7 +34,6 @@ _NUM_DRAWS = 500  # behind a prediction: its error is then 4 % of a posterior sd
 _ELEMENTS = 2**22  # of covariances held at a time
 _TYPES = ("full", "tied", "diag", "spherical")
 _STARTS = {"k-means++": "k-means++", "random_from_data": "random"}  # scikit-learn's name -> ours
-_NARROWEST = 1e-150  # the square of less is no float64
 
 
 class GaussianMixture(DensityMixin, BaseEstimator):
@@ -233,7 +231,7 @@ class GaussianMixture(DensityMixin, BaseEstimator):
                 f"n_components: expected at most the number of rows, got {self.n_components} "
                 f"components for {N} rows"
             )
-        _check_variances(table)
+        check_variances(table)
         counts = _read_weights(sample_weight, N)
         posterior = fit(
             models.GaussianMixture(D, **model_arguments),
@@ -348,15 +346,3 @@ def _read_weights(sample_weight: Any, num_rows: int) -> Tensor | None:  # noqa: 
     if not weights.ndim:
         weights = np.full(num_rows, weights)
     return as_counts(torch.from_numpy(weights.copy()), num_rows, "sample_weight", "X")
-
-
-def _check_variances(table: Table) -> None:
-    """Refuse columns that vary, but too little for float64 to hold their variance."""
-    low = table.x.nan_to_num(nan=torch.inf).amin(0)
-    reach = table.x.nan_to_num(nan=-torch.inf).amax(0) - low
-    for name, width in zip(table.names, reach.tolist(), strict=True):
-        if 0 < width < _NARROWEST:
-            raise ValueError(
-                f"X: expected columns whose variance float64 can hold, but {name!r} spans "
-                f"{width:.0e}; choose a smaller unit"
-            )

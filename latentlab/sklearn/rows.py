@@ -15,7 +15,9 @@ from latentlab.data.checks import as_rows, as_seed
 from latentlab.data.convert import as_table, column_names
 from latentlab.data.table import Table
 
-__all__ = ["read_rows", "seed_of"]
+__all__ = ["check_variances", "read_rows", "seed_of"]
+
+_NARROWEST = 1e-150  # the square of less is no float64
 
 
 def read_rows(estimator: BaseEstimator, X: Any, *, reset: bool) -> Table:  # noqa: ANN401
@@ -50,3 +52,22 @@ def seed_of(random_state: Any) -> int:  # noqa: ANN401
     if random_state is None or isinstance(random_state, np.random.RandomState):
         return int(check_random_state(random_state).randint(2**31 - 1))
     return as_seed(random_state, "random_state")
+
+
+def check_variances(table: Table) -> None:
+    """Refuse columns that vary, but too little for float64 to hold their variance.
+
+    Arguments:
+        table: the rows; NaN cells are left out.
+
+    Raises:
+        ValueError: names the column.
+    """
+    low = table.x.nan_to_num(nan=torch.inf).amin(0)
+    reach = table.x.nan_to_num(nan=-torch.inf).amax(0) - low
+    for name, width in zip(table.names, reach.tolist(), strict=True):
+        if 0 < width < _NARROWEST:
+            raise ValueError(
+                f"X: expected columns whose variance float64 can hold, but {name!r} spans "
+                f"{width:.0e}; choose a smaller unit"
+            )
