@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -276,7 +277,8 @@ def test_float32_rows_are_welcome():
 def test_one_outlier_leaves_it_finite():
     x, _ = gaussian(100)
     x[7, 0] = 1e8
-    posterior = ll.fit(ll.FlowDensity(2, **QUICK), x, max_steps=50, progress=False)
+    with pytest.warns(UserWarning, match="row 7 of column 'x0'"):
+        posterior = ll.fit(ll.FlowDensity(2, **QUICK), x, max_steps=50, progress=False)
     assert posterior.losses.isfinite().all()
     assert posterior.model.log_prob(x).isfinite().all()
 
@@ -330,3 +332,40 @@ def test_a_fault_is_told_of_the_rows_as_they_were_given(row):
         ll.fit(ll.FlowDensity(num_features=2), x, progress=False, max_steps=5)
     with pytest.raises(ValueError, match=r"num_features=3, got \(60, 2\)"):
         ll.fit(ll.FlowDensity(num_features=3), x.nan_to_num(), progress=False, max_steps=5)
+
+
+SPLIT = {
+    "flow": lambda: ll.FlowDensity(num_features=2),
+    "autoencoder": lambda: ll.Autoencoder(num_features=2, latent_dim=1, hidden_dims=(4,)),
+}
+
+
+@pytest.mark.parametrize("row", [0, 7, 23, 41, 59])
+@pytest.mark.parametrize("name", SPLIT)
+def test_a_far_row_is_named_as_it_was_given(name, row):
+    x = torch.randn(60, 2, dtype=torch.float64)
+    x[row, 1] = 1e8
+    with pytest.warns(UserWarning, match=rf"row {row} of column 'x1' \(1e\+08\)") as caught:
+        ll.fit(SPLIT[name](), x, progress=False, max_steps=5)
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_rows_that_do_not_differ_are_counted_as_they_were_given(name):
+    with pytest.warns(UserWarning, match="all 60 rows are equal"):
+        ll.fit(SPLIT[name](), torch.ones(60, 2).double(), progress=False, max_steps=5)
+    x = torch.randn(60, 2, dtype=torch.float64)
+    x[:, 0] = 2.5
+    with pytest.warns(UserWarning, match="constant column 'x0'") as caught:
+        ll.fit(SPLIT[name](), x, progress=False, max_steps=5)
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_what_is_fitted_to_rows_asks_for_them(name):
+    kind = type(SPLIT[name]()).__name__
+    with pytest.raises(ValueError, match=f"data: {kind} is fitted to rows, got none; give it"):
+        ll.fit(SPLIT[name](), None, progress=False)
+    frame = pd.DataFrame({"a": np.arange(9.0), "b": ["q"] * 9})
+    with pytest.raises((TypeError, ValueError), match=r"^x: .*'b' is not numeric"):
+        ll.fit(SPLIT[name](), frame, progress=False)

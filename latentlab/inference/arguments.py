@@ -13,7 +13,6 @@ from torch import Tensor
 
 from latentlab.data.checks import as_rows
 from latentlab.data.convert import as_table
-from latentlab.data.load import load
 from latentlab.data.table import Table
 from latentlab.inference.pair import Arguments, modules_of
 from latentlab.protocols import ArrangesData, ScalesToData, ToleratesMissing, owner_of
@@ -76,7 +75,7 @@ def as_arguments(
     if isinstance(data, Mapping):
         kwargs = {str(k): reader.read(v, str(k)) for k, v in data.items()}
         return Arguments(kwargs=kwargs, names=_names_of([*data.values()]))
-    data = load(data) if _is_frame(data) else data
+    data = as_table(data, argument="x") if _is_frame(data) else data
     value = reader.read(data, "x")
     if isinstance(owner, ScalesToData) and isinstance(value, Tensor):
         # A model that measures its columns takes them for real numbers, whatever they came in.
@@ -108,7 +107,7 @@ class _Reader:
         if isinstance(value, Tensor):
             return self._tensor(value, argument)
         if isinstance(value, Table) or _is_frame(value):
-            table = value if isinstance(value, Table) else load(value)
+            table = as_table(value, argument=argument)
             return self._tensor(table.x.to(self.dtype or table.x.dtype), argument, table.names)
         if type(value).__module__.startswith("scipy.sparse"):
             as_rows(value, argument=argument)  # raises with the way out
@@ -177,7 +176,7 @@ class _Reader:
 def _names_of(values: Sequence[Any]) -> tuple[str, ...] | None:
     """The names of the columns, where the first of several arguments is a table."""
     first = values[0] if values else None
-    table = load(first) if _is_frame(first) else first
+    table = as_table(first) if _is_frame(first) else first
     return table.names if isinstance(table, Table) else None
 
 

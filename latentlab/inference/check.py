@@ -6,6 +6,7 @@ The same look prepares the pair for a fit: its own copy, its sites, its number o
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -126,6 +127,7 @@ def prepare(
     model: Callable,
     data: Any = None,  # noqa: ANN401
     guide: Any = "auto",  # noqa: ANN401
+    whole: Any = None,  # noqa: ANN401
 ) -> tuple[Pair, PairReport]:
     """The fit's own copy of the pair, run, and what was found on the way.
 
@@ -133,6 +135,8 @@ def prepare(
         model: as for :func:`check_pair`.
         data: as for :func:`check_pair`.
         guide: as for :func:`check_pair`.
+        whole: the data as they were given, where ``data`` are a part of them: what is told of
+            rows is told of these.
 
     Returns:
         The pair, ready for :mod:`latentlab.inference.objectives` where the report is ok.
@@ -141,8 +145,10 @@ def prepare(
     arguments = as_arguments(data, model)
     owner = owner_of(model)
     if isinstance(owner, ScalesToData):
-        args, kwargs = _with_names(arguments)  # for its warnings
-        owner.scale_to(*args, **kwargs)
+        if not (arguments.args or arguments.kwargs):
+            name = type(owner).__name__
+            raise ValueError(f"data: {name} is fitted to rows, got none; give it a table of them")
+        _scale(owner, arguments, None if whole is None else as_arguments(whole, model))
     floating = [t.dtype for t in arguments.tensors() if t.is_floating_point()]
     dtype = floating[0] if floating else torch.get_default_dtype()
     pair = Pair(model, guide_function, arguments, dtype)
@@ -153,6 +159,17 @@ def prepare(
     else:
         pair, faults, note = found
     return pair, PairReport(tuple(faults), _describe(pair), (note,) if note else ())
+
+
+def _scale(owner: ScalesToData, data: Arguments, whole: Arguments | None) -> None:
+    """Take units from the data; warnings and refusals are of the rows as they were given."""
+    parts = [data] if whole is None else [whole, data]
+    for k, part in enumerate(parts):
+        args, kwargs = _with_names(part)  # for its warnings
+        with warnings.catch_warnings():
+            if k:
+                warnings.simplefilter("ignore")
+            owner.scale_to(*args, **kwargs)
 
 
 def _look_at_all(pair: Pair, wants_guide: bool) -> tuple[list[Fault], str | None]:

@@ -144,7 +144,7 @@ def _fit(
     begin, seed = time.perf_counter(), settings.seed
     fitted, held = _kept_aside(model, data, held_out, seed)
     try:
-        pair, report = prepare(model, fitted, guide)
+        pair, report = prepare(model, fitted, guide, None if held is None else data)
         if not report.ok:
             raise ValueError(_refusal(report.faults))
     except (TypeError, ValueError):

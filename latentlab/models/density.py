@@ -33,6 +33,7 @@ from latentlab.data.checks import as_count, as_rows, as_seed, warn_constant
 from latentlab.data.table import Table
 from latentlab.flows import FlowDistribution
 from latentlab.flows.kinds import Kind
+from latentlab.models.gmm_units import mean_and_sd, warn_far
 from latentlab.plates import rows
 
 __all__ = ["FlowDensity"]
@@ -137,6 +138,7 @@ class FlowDensity(nn.Module):
         table = self._table(x, min_rows=2)
         warn_constant(table)
         cells = table.x.to(self.loc)
+        warn_far(table, mean_and_sd(cells)[1])
         with torch.no_grad():
             loc = cells.median(0).values
             gap = (cells - loc).abs()
