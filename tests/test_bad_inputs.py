@@ -130,7 +130,7 @@ REFUSED = {
     "16": (sparse.csr_matrix(X.numpy()), "x: dense required, .*use x.toarray", True),
     "16 tensor": (X.to_sparse(), "x: dense required, .*use x.to_dense", True),
     "22": (X[:, :1], r"x: expected shape \(N, 2\) .* got \(60, 1\)", False),
-    "23": (X * 1e200, r"x has 120 values beyond 1e\+150 .*\[0, 0\]\); choose a larger", False),
+    "23": (X * 1e200, r"x has 120 beyond 1e\+150 .*\[0, 0\]\); choose a larger", False),
     "23 float32": (X.float() * 1e18, r"beyond 1e\+15 \(torch.float32\)", False),
 }
 

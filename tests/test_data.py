@@ -267,7 +267,7 @@ REFUSED = {
     "16": (sparse.csr_matrix(ROWS), "x: dense required, got a sparse csr_matrix; use x.toarray"),
     "16 array": (sparse.coo_array(ROWS), "x: dense required"),
     "16 tensor": (torch.tensor(ROWS).to_sparse(), "x: dense required.*to_dense"),
-    "23": (with_cell(0, 0, 1e200), r"x has 1 values beyond 1e\+150 .*\[0, 0\]"),
+    "23": (with_cell(0, 0, 1e200), r"x has 1 beyond 1e\+150 .*\[0, 0\]"),
     "23 float32": (torch.tensor(ROWS).float() * 1e18, r"beyond 1e\+15 \(torch.float32\)"),
     "path": ("data.csv", r"x: .* got 'data.csv' \(str\); latentlab.data.load reads files"),
     "None": (None, r"got None \(NoneType\)"),

@@ -141,7 +141,7 @@ def test_a_missing_pixel_stays_missing():
     ("x", "error", "says"),
     [
         (changed((2, 0, 1, 1), np.inf), ValueError, r"1 inf \(first at \[2, 0, 1, 1\]\)"),
-        (changed((2, 0, 1, 1), 1e200), ValueError, "values beyond 2e\\+123"),
+        (changed((2, 0, 1, 1), 1e200), ValueError, "beyond 2e\\+123"),
         (changed((slice(None), 0, 1, 1), np.nan), ValueError, r"first at \[0, 1, 1\]"),
         (IMAGES[:, 0], ValueError, r"expected shape \(N, 1, 2, 3\) .* got \(4, 2, 3\)"),
         (IMAGES[:1], ValueError, "at least 2 images, got 1"),

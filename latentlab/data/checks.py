@@ -79,7 +79,7 @@ def _check_values(table: Table, argument: str, *, allow_missing: bool, learning:
         )
     faults = [
         (torch.isinf(size), "inf", "replace it by a number, or by NaN where it is not known"),
-        (size > limit, f"values beyond {limit:.0e} ({table.x.dtype})", "choose a larger unit"),
+        (size > limit, f"beyond {limit:.0e} ({table.x.dtype})", "choose a larger unit"),
     ]
     if not allow_missing:
         way = (

@@ -132,7 +132,7 @@ def as_images(
     limit = torch.finfo(cells.dtype).max ** 0.4  # beyond it, sums of squares overflow
     for found, what, way in (
         (size.isinf(), "inf", "replace it by a number, or by NaN where it is not known"),
-        (size > limit, f"values beyond {limit:.0e} ({cells.dtype})", "choose a larger unit"),
+        (size > limit, f"beyond {limit:.0e} ({cells.dtype})", "choose a larger unit"),
     ):
         if found.any():
             first = found.nonzero()[0].tolist()

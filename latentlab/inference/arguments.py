@@ -145,7 +145,7 @@ class _Reader:
             as_rows(value, argument=argument)  # raises with the way out
         if value.dim() and value.numel() == 0:
             shape = tuple(value.shape)
-            raise ValueError(f"{argument}: expected data, got the empty shape {shape}")
+            raise ValueError(f"{argument}: expected data, got the empty shape {shape}; give rows")
         if value.dtype in _COARSE:
             dtype = self.dtype or torch.float64
             warnings.warn(

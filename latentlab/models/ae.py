@@ -136,9 +136,11 @@ class Autoencoder(nn.Module):
             ValueError: if x has another shape, or values outside of [0, 1] with ``loss="bce"``.
         """
         cells = self._rows(x, min_rows=2)
+        # A constant column does no harm: all cells have one unit. Rows that are all equal do.
         if len(self.event_shape) == 1:
             table = as_rows(x, allow_missing=True)
-            warn_constant(table)
+            if bool((cells == cells[:1]).all()):
+                warn_constant(table)
             if self.loss == "mse":
                 warn_far(table, mean_and_sd(cells)[1])
         with torch.no_grad():
