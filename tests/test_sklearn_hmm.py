@@ -151,3 +151,27 @@ def test_the_posterior_is_at_hand(fitted):
     assert isinstance(fitted.posterior_, ll.Posterior)
     assert fitted.verdict_.level in ("use", "use with care", "do not use")
     assert torch.is_tensor(fitted.posterior_.sample(2)["locs"])
+
+
+def test_lengths_in_the_place_of_labels_are_refused(fitted):
+    """hmmlearn takes them there; taken for labels they would be lost without a word."""
+    with pytest.raises(ValueError, match=r"^y: .* 200 rows, got 2 values; .*lengths="):
+        quick_fit(GaussianHMM(2, **QUICK), X, [120, 80])
+    with pytest.raises(ValueError, match=r"^y: .*lengths="):
+        fitted.score(X, [120, 80])
+    assert fitted.score(X, Z, lengths=[120, 80]) == fitted.score(X, lengths=[120, 80])
+
+
+def test_a_list_of_columns_is_sequences_unless_it_may_be_rows():
+    one, two = COUNTS[:120, 0], COUNTS[120:, 0]
+    model = quick_fit(PoissonHMM(2, **QUICK), [one, two])
+    same = quick_fit(PoissonHMM(2, **QUICK), COUNTS, lengths=[120, 80])
+    np.testing.assert_array_equal(model.lambdas_, same.lambdas_)
+    with pytest.raises(ValueError, match=r"^X: a list of 2 arrays of shape \(80,\) may be rows"):
+        model.predict([two, two])
+
+
+def test_a_sample_has_a_seed_of_its_own(fitted):
+    one, same, other = (fitted.sample(20, random_state=seed)[0] for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one, same)
+    assert (one != other).any()

@@ -39,6 +39,7 @@ from latentlab.inference.arguments import as_arguments
 from latentlab.inference.batches import chosen, follows_rows, num_rows, take
 from latentlab.inference.copying import copy_pair
 from latentlab.inference.faults import Fault
+from latentlab.inference.modes import evaluation_mode
 from latentlab.inference.pair import (
     Arguments,
     Pair,
@@ -142,6 +143,7 @@ def prepare(
         The pair, ready for :mod:`latentlab.inference.objectives` where the report is ok.
     """
     model, guide_function = copy_pair(model, _named_guide(guide))
+    evaluation_mode(model, guide_function)
     arguments = as_arguments(data, model)
     owner = owner_of(model)
     if isinstance(owner, ScalesToData):

@@ -27,6 +27,7 @@ from latentlab.guides import Amortised, Guide, Latent, guide_from_spec
 from latentlab.inference import objectives
 from latentlab.inference.batches import num_rows, parted
 from latentlab.inference.held_out import HeldOut
+from latentlab.inference.modes import evaluation_mode
 from latentlab.inference.pair import Arguments, Pair, copy_pair, modules_of
 from latentlab.inference.predictive import as_fitted
 from latentlab.inference.restarts import Restarts
@@ -95,6 +96,7 @@ def restore(
     dtype = getattr(torch, facts["dtype"])
     model = _model(file, facts, model, build)
     model, guide = copy_pair(model, _guide(file, facts, model, guide, dtype))
+    evaluation_mode(model, guide)
     pair = Pair(model, guide, _placeholder(facts), dtype, **_sites(facts))
     has_data = data is not None or not (pair.data.args or pair.data.kwargs)
     if data is not None:

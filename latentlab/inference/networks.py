@@ -44,6 +44,7 @@ from latentlab.guides import Draws, Guide
 from latentlab.inference import held_out as held_rows
 from latentlab.inference import objectives
 from latentlab.inference.batches import chosen, follows_rows, num_rows, take
+from latentlab.inference.modes import TrainingMode
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.rows import fewer, looks_by_row, on_rows, over_rows, row_terms
 from latentlab.inference.sandbox import manual_seed, stream
@@ -136,6 +137,9 @@ class NetworkClimb:
     _falls: int = _FALLS
     _warm: State | None = None  # average of the stage that the climb goes on from
 
+    def __post_init__(self) -> None:
+        self._mode = TrainingMode(self.pair)
+
     @property
     def num_steps(self) -> int:
         """Steps taken so far."""
@@ -211,13 +215,17 @@ class NetworkClimb:
 
     def state(self) -> State:
         """A copy of everything that moves."""
-        return {k: v.detach().clone() for k, v in self.pair.parameters().items()}
+        return {name: value.clone() for name, value in self._moving().items()}
 
     def restore(self, state: State) -> None:
         """Go back to a state, in place."""
-        with torch.no_grad():
-            for name, parameter in self.pair.parameters().items():
-                parameter.copy_(state[name])
+        for name, value in self._moving().items():
+            value.copy_(state[name])
+
+    def _moving(self) -> State:
+        """What steps move: weights, and what normalisations keep of the batches they saw."""
+        weights = {name: value.detach() for name, value in self.pair.parameters().items()}
+        return weights | self._mode.buffers
 
     def _stage(self, optimiser: torch.optim.Optimizer, mean: _Mean, num_steps: int) -> State:
         """Steps at one rate, and the average of all that were taken at it."""
@@ -231,7 +239,8 @@ class NetworkClimb:
                 if failures > _FAILURES:
                     manual_seed(stream(self.seed, "step", self.num_steps, _FAILURES))
                     data = self.batch(self.num_steps)
-                    where = first_bad_site(self.pair, self.num_particles, data)
+                    with self._mode:
+                        where = first_bad_site(self.pair, self.num_particles, data)
                     raise FitDivergedError(self.num_steps, *where)
                 self.restore(good)
                 optimiser.state.clear()
@@ -242,10 +251,10 @@ class NetworkClimb:
             self.tick(self.num_steps, -value)
             k += 1
             if (num_steps - k) % _AVERAGE_EVERY == 0:
-                mean.add([p.detach() for p in self.pair.parameters().values()])
+                mean.add([*self._moving().values()])
         for group, rate in zip(optimiser.param_groups, rates, strict=True):
             group["lr"] = rate
-        return mean.state(self.pair.parameters())
+        return mean.state(self._moving())
 
     def _at(self, rate: float) -> tuple[torch.optim.Optimizer, _Mean]:
         parameters = [*self.pair.parameters().values()]
@@ -254,7 +263,8 @@ class NetworkClimb:
     def _step(self, optimiser: torch.optim.Optimizer, attempt: int) -> float:
         step = self.num_steps
         manual_seed(stream(self.seed, "step", step, attempt))
-        return step_of(self.pair, self.num_particles, self.batch(step), step, optimiser)
+        with self._mode:
+            return step_of(self.pair, self.num_particles, self.batch(step), step, optimiser)
 
     def _length(self) -> int:
         total = num_rows(self.pair.data) or 1

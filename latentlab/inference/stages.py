@@ -34,6 +34,7 @@ from latentlab.diagnostics import Estimate, rhat
 from latentlab.guides import Draws, DrawsRows, Guide
 from latentlab.inference import objectives
 from latentlab.inference.lazy_adam import LazyAdam
+from latentlab.inference.modes import TrainingMode
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.sandbox import manual_seed, stream
 from latentlab.inference.training import SINGULAR, step_of
@@ -109,6 +110,9 @@ class Climb:
     stop_reason: str = ""
     converged: bool = False
 
+    def __post_init__(self) -> None:
+        self._mode = TrainingMode(self.pair)
+
     @property
     def num_steps(self) -> int:
         """Steps taken so far."""
@@ -130,9 +134,8 @@ class Climb:
 
     def until_converged(self) -> None:
         """Stages at falling rates until two agree or the steps run out."""
-        if not self.stage_elbos:
-            self._record()
-        draws, elbo = self._draw(), self.stage_elbos[-1]
+        draws = self._draw()
+        elbo = self.stage_elbos[-1] if self.stage_elbos else evaluate(self.pair, draws)
         best = _Reached(self.state(), draws, elbo)
         rate, idle, diverged = self.lr, 0, 0
         if not self.pair.parameters():
@@ -154,6 +157,7 @@ class Climb:
                 diverged += 1
                 if diverged > _FAILURES or not math.isfinite(best.elbo.value):
                     raise
+                self.stage_elbos.append(best.elbo)  # where it goes back to
                 fell = True
             if fell:
                 self.restore(best.state)
@@ -181,6 +185,7 @@ class Climb:
     def state(self) -> State:
         """A copy of everything that moves: parameters, and the frame of a guide of ours."""
         state = {k: v.detach().clone() for k, v in self.pair.parameters().items()}
+        state |= {k: v.clone() for k, v in self._mode.buffers.items()}
         if isinstance(self.pair.guide, Guide):
             state |= {f"frame.{k}": v.clone() for k, v in self.pair.guide.named_buffers()}
         return state
@@ -190,6 +195,8 @@ class Climb:
         with torch.no_grad():
             for name, parameter in self.pair.parameters().items():
                 parameter.copy_(state[name])
+            for name, buffer in self._mode.buffers.items():
+                buffer.copy_(state[name])
             if isinstance(self.pair.guide, Guide):
                 for name, buffer in self.pair.guide.named_buffers():
                     buffer.copy_(state[f"frame.{name}"])
@@ -277,11 +284,13 @@ class Climb:
     def _step(self, optimiser: torch.optim.Optimizer, attempt: int) -> float:
         step = self.num_steps
         manual_seed(stream(self.seed, "step", step, attempt))
-        return -step_of(self.pair, self.num_particles, self.batch(step), step, optimiser)
+        with self._mode:
+            return -step_of(self.pair, self.num_particles, self.batch(step), step, optimiser)
 
     def _first_bad_site(self) -> tuple[str, float]:
         manual_seed(stream(self.seed, "step", self.num_steps, 3))
-        return first_bad_site(self.pair, self.num_particles, self.pair.data)
+        with self._mode:
+            return first_bad_site(self.pair, self.num_particles, self.pair.data)
 
     def _draw(self) -> Draws:
         manual_seed(stream(self.seed, "evaluate", self.num_steps))

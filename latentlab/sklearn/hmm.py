@@ -65,7 +65,7 @@ class _HMM(BaseEstimator):
         Arguments:
             X: rows of all sequences below each other, shape (N, D), or a list of arrays; NaN
                 where a cell is missing.
-            y: not used.
+            y: not used; it is where hmmlearn takes lengths, which are refused here.
             lengths: number of rows of each sequence, shape (B,); by default all are one.
 
         Returns:
@@ -77,7 +77,7 @@ class _HMM(BaseEstimator):
         """
         before = dict(self.__dict__)
         try:
-            return self._fit(X, lengths)
+            return self._fit(X, y, lengths)
         except BaseException:
             self.__dict__ = before
             raise
@@ -142,20 +142,24 @@ class _HMM(BaseEstimator):
             lengths: number of rows of each sequence.
         """
         data = self._read(X, lengths)
+        _refuse_lengths(y, data)
         return float(self._model.log_prob(data, self._draws()).sum())
 
-    def sample(self, n_samples: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    def sample(
+        self, n_samples: int = 1, random_state: int | np.random.RandomState | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """A new sequence at one draw of the posterior.
 
         Arguments:
             n_samples: number of rows N.
+            random_state: of the draws; by default that of the estimator.
 
         Returns:
             Rows, shape (N, D), and the state of each, shape (N,).
         """
         check_is_fitted(self, "posterior_")
         N = as_count(n_samples, "n_samples")
-        seed = seed_of(self.random_state)
+        seed = seed_of(self.random_state if random_state is None else random_state)
         draws = self._draws()
         s = seed % len(next(iter(draws.values())))
         empty = torch.full((1, N, self.n_features_in_), torch.nan, dtype=torch.float64)
@@ -188,9 +192,10 @@ class _HMM(BaseEstimator):
     def _set_emissions(self, draws: Mapping[str, Tensor]) -> None:
         """Posterior means of what the states emit."""
 
-    def _fit(self, X: Any, lengths: Any) -> _HMM:  # noqa: ANN401
+    def _fit(self, X: Any, y: Any, lengths: Any) -> _HMM:  # noqa: ANN401
         K = as_count(self.n_components, "n_components")
         data = self._read(X, lengths, reset=True)
+        _refuse_lengths(y, data)
         if int(data.lengths.sum()) < K:
             raise ValueError(
                 f"n_components: expected at most the number of rows, got {K} states for "
@@ -243,10 +248,7 @@ class _HMM(BaseEstimator):
         """Sequences that pass the checks of scikit-learn, then ours."""
         if not reset:
             check_is_fitted(self, "posterior_")
-        several = isinstance(X, Sequences) or (
-            isinstance(X, list) and bool(X) and all(np.ndim(one) == 2 for one in X)
-        )
-        if several:
+        if isinstance(X, Sequences) or _are_sequences(X):
             found = as_sequences(X, lengths, argument="X")
             lengths, X = found.lengths.tolist(), found.rows()
         table = read_rows(self, X, reset=reset)
@@ -259,6 +261,31 @@ class _HMM(BaseEstimator):
         if not reset and isinstance(self._model.emission, ChecksRows):
             self._model.emission.check(data.rows().x, "X")
         return data
+
+
+def _are_sequences(X: Any) -> bool:  # noqa: ANN401
+    """Whether X is a list of sequences, not of rows."""
+    if not isinstance(X, list) or not X:
+        return False
+    arrays = all(isinstance(one, np.ndarray | Tensor) for one in X)
+    if arrays and all(one.ndim == 1 for one in X):
+        if len({len(one) for one in X}) > 1:
+            return True
+        raise ValueError(
+            f"X: a list of {len(X)} arrays of shape {tuple(X[0].shape)} may be rows or sequences; "
+            "give np.stack(X) for rows, [one.reshape(-1, 1) for one in X] for sequences"
+        )
+    return all(np.ndim(one) == 2 for one in X)
+
+
+def _refuse_lengths(y: Any, data: Sequences) -> None:  # noqa: ANN401
+    """What hmmlearn takes in the second place must not be lost without a word."""
+    num_rows = int(data.lengths.sum())
+    if y is not None and len(y) != num_rows:
+        raise ValueError(
+            f"y: expected nothing, or a label for each of the {num_rows} rows, got {len(y)} "
+            "values; lengths are a keyword: fit(X, lengths=...)"
+        )
 
 
 class GaussianHMM(_HMM):
