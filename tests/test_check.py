@@ -651,3 +651,63 @@ def test_a_report_reads_as_text():
         "the pair cannot be fitted",
         "fault: site 'scale': is in the model but not in the guide; add it to the guide",
     ]
+
+
+# ---- values and plates ------------------------------------------------------------------------
+
+
+def row_values(shape, event=False):
+    def model(x):
+        loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+        with pyro.plate("r", 6):
+            fn = dist.Normal(loc, 1.0)
+            pyro.sample("x", fn.expand([6]).to_event(1) if event else fn, obs=x)
+
+    return model, torch.zeros(shape)
+
+
+@pytest.mark.parametrize(
+    ("shape", "event", "says"),
+    [
+        ((6, 1), False, r"^site 'x': the value has shape \(6, 1\) .* \(6,\): .* \(6, 6\)"),
+        ((6,), True, r"^site 'x': the value has shape \(6,\) and is counted 6 times"),
+    ],
+)
+def test_values_counted_more_often_than_given_are_refused(shape, event, says):
+    model, x = row_values(shape, event)
+    fault = only_fault(model, x)
+    assert re.search(says, fault)
+    assert "give obs the shape" in fault
+
+
+def test_one_number_for_all_elements_is_told():
+    """As the zero of a trick with zeros; one row given for all would be a mistake."""
+    model, x = row_values((1,))
+    assert "is counted 6 times" in only_fault(model, x, fatal=False)
+
+
+@pytest.mark.parametrize("kind", ["mean_field", auto.AutoNormal])
+def test_a_mask_of_observations_is_refused(kind):
+    def model(x, mask):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("r", 6):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x, obs_mask=mask)
+
+    guide = kind if isinstance(kind, str) else kind(model)
+    mask = torch.arange(6) < 4
+    assert "pyro.sample('x', fn.mask(mask), obs=x.nan_to_num())" in " ".join(
+        faults_of(model, (torch.zeros(6), mask), guide)[0]
+    )
+
+
+def test_masked_cells_as_the_refusal_says_are_left_out():
+    def model(x, mask):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("r", 6):
+            pyro.sample("x", dist.Normal(loc, 1.0).mask(mask), obs=x.nan_to_num())
+
+    x = torch.tensor([1.0, 2.0, 3.0, 2.0, 5.0, 5.0])
+    posterior = ll.fit(
+        model, (x, torch.arange(6) < 4), "full_rank", max_steps=1500, progress=False
+    )
+    assert float(posterior.guide.free_mean().detach()) == pytest.approx(8 / 5, abs=1e-3)

@@ -350,6 +350,23 @@ def group_means(num_groups):
     return model
 
 
+def test_another_support_is_that_of_another_model(tmp_path):
+    def spread(prior):
+        def model(x):
+            scale = pyro.sample("scale", prior)
+            with pyro.plate("rows", len(x)):
+                pyro.sample("x", dist.Normal(0.0, 1.0 + scale**2), obs=x)
+
+        return model
+
+    posterior = ll.fit(spread(dist.Gamma(2.0, 1.0)), X, **QUICK)
+    file = posterior.save(tmp_path)
+    same(posterior, ll.load(file, spread(dist.Gamma(3.0, 1.0))))
+    for data in (None, X):
+        with pytest.raises(ValueError, match="another model: site 'scale' .* and real here"):
+            ll.load(file, spread(dist.Normal(2.0, 1.0)), data=data)
+
+
 def test_another_number_of_groups_is_found_by_its_sites(tmp_path):
     posterior = ll.fit(group_means(3), X, **QUICK)
     file = posterior.save(tmp_path)

@@ -559,6 +559,38 @@ def test_a_batch_needs_a_model_that_knows_what_it_stands_for():
         ll.fit(model, data(), batch_size=10)
 
 
+@pytest.mark.parametrize(
+    ("size_of", "says"),
+    [
+        (lambda x, size: len(x), r"counts 10 rows as 10, where .*size=40 \(site 'x'\)"),
+        (lambda x, size: 40, r"counts 10 rows as 10"),
+        (lambda x, size: len(x) + 0 * int(x[39]), r"does not run on 10 of the 40 rows"),
+    ],
+)
+def test_a_batch_that_does_not_stand_for_all_rows_is_refused(size_of, says):
+    def model(x, size=None):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", size_of(x, size)):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    with pytest.raises(ValueError, match=f"^batch_size: the model {says}"):
+        ll.fit(model, data(), batch_size=10)
+
+
+def test_a_plate_that_draws_its_own_rows_cannot_be_judged_on_all():
+    def model(x):
+        loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+        with pyro.plate("part", len(x), subsample_size=10) as rows:
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x[rows])
+
+    posterior = ll.fit(model, data(), "mean_field", num_restarts=1, max_steps=600, progress=False)
+    verdict = posterior.check()
+    assert verdict.level == "use with care"
+    assert "plate 'part' looks at other 10 of 40 rows in each run" in str(verdict)
+    assert "were changed" not in str(verdict)
+    assert "k-hat," not in str(verdict)
+
+
 def test_batches_visit_rows_by_seed_and_step_alone():
     pair, _ = engine.prepare(normal, data())
     one, two = engine._batches(pair, 10, seed=5), engine._batches(pair, 10, seed=5)

@@ -68,7 +68,8 @@ def test_steps_are_in_training_mode_and_nothing_else_is(fitted):
     model, posterior = fitted
     (seen,) = (m for m in posterior.model.modules() if isinstance(m, Seen))
     training = [with_gradient for mode, with_gradient in seen.modes if mode]
-    assert len(training) >= 90 and all(training)
+    assert len(training) >= 90
+    assert all(training)
     assert any(not mode for mode, _ in seen.modes)
     norm = norm_of(posterior.model)
     assert norm.running_mean.abs().max() > 0.05  # the rows have a mean of 2
@@ -102,4 +103,6 @@ def test_a_frozen_network_stays_as_it_is():
     (twin,) = (c for c in cells if isinstance(c, nn.Sequential))
     assert not torch.equal(cells[cells.index(twin) - 1].weight, head.weight)
     assert torch.equal(twin[1].running_mean, trunk[1].running_mean)
-    assert twin is not trunk and trunk.training and not twin.training
+    assert twin is not trunk
+    assert trunk.training
+    assert not twin.training

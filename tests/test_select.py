@@ -205,3 +205,34 @@ def test_latents_of_each_row_have_no_bic():
 def test_faults_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         ll.select(ll.GaussianMixture, rows_of(20), settings=QUICK, **arguments)
+
+
+def test_a_weight_of_two_is_the_row_twice():
+    """In the score, its error, and the penalty, not in the fit alone."""
+    x = ll.data.simulate.eruptions(num_rows=60)
+    times = torch.ones(60, dtype=torch.long)
+    times[::3] = 3
+    again = x.x[torch.arange(60).repeat_interleave(times)]
+    settings = QUICK | {"max_steps": 4000}
+    model = functools.partial(ll.GaussianMixture, num_features=2, prior="flat")
+    scores = [
+        ll.select(model, data, "point", num_components=[1], num_folds=2, settings=settings)
+        for data in ({"x": x.x, "weights": times.double()}, again)
+    ]
+    weighted, repeated = (found.candidates[0] for found in scores)
+    assert weighted.bic.value == pytest.approx(repeated.bic.value, abs=0.02)
+    assert weighted.bic.se == pytest.approx(repeated.bic.se, rel=1e-3)
+    assert weighted.held_out.se == pytest.approx(repeated.held_out.se, rel=0.25)
+
+
+def test_the_density_of_a_weighted_row_is_the_log_of_a_mean_once():
+    x = torch.linspace(-1, 1, 20, dtype=torch.float64)[:, None]
+    times = torch.ones(20, dtype=torch.long)
+    times[:5] = 4
+    posterior = ll.fit(ll.GaussianMixture(num_features=1, num_components=1), x, **QUICK)
+    weighted = posterior.log_prob({"x": x, "weights": times.double()}, seed=1)
+    repeated = posterior.log_prob(x.repeat_interleave(times, 0), seed=1)
+    assert weighted.value == pytest.approx(repeated.value, rel=1e-10)
+    assert weighted.se == pytest.approx(repeated.se, rel=1e-10)
+    none = posterior.log_prob({"x": x, "weights": torch.tensor([1.0, 1] + [0.0] * 18)}, seed=1)
+    assert none.value == pytest.approx(posterior.log_prob(x[:2], seed=1).value, rel=1e-10)

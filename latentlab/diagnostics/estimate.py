@@ -86,7 +86,9 @@ class Estimate:
         return f"{value:.{max(places + size, 0)}e} ± {se:.{more}e}"
 
 
-def log_mean_exp(log_values: ArrayLike | Tensor, dim: int = 0) -> Estimate:
+def log_mean_exp(
+    log_values: ArrayLike | Tensor, dim: int = 0, counts: Tensor | None = None
+) -> Estimate:
     r"""Log of a mean, from the logs of draws, such as the evidence from importance weights.
 
     .. math:: \ell = \log \frac{1}{S} \sum_s e^{v_s}, \qquad
@@ -100,6 +102,7 @@ def log_mean_exp(log_values: ArrayLike | Tensor, dim: int = 0) -> Estimate:
         log_values: logs of draws in nats, shape (S,). With more axes (rows n that share their
             draws) the logs of the means are summed over n, and the error is that of the sum.
         dim: the axis of the draws.
+        counts: how often each n counts, shape (N,); once by default.
 
     Returns:
         The estimate in nats.
@@ -121,7 +124,10 @@ def log_mean_exp(log_values: ArrayLike | Tensor, dim: int = 0) -> Estimate:
         )
     draws = draws.movedim(dim, 0).flatten(1) if draws.dim() > 1 else draws[:, None]
     logs = draws.logsumexp(0) - math.log(len(draws))
-    shares = (draws - logs).exp().sum(1)
+    shares = (draws - logs).exp()
+    if counts is not None:
+        logs, shares = counts.to(logs) * logs, counts.to(logs) * shares
+    shares = shares.sum(1)
     return Estimate(logs.sum().item(), shares.std().item() / math.sqrt(len(draws)))
 
 

@@ -270,6 +270,7 @@ def _look(pair: Pair, wants_guide: bool) -> list[Fault]:
         faults += find.unsteady(*traces)
         faults += find.model_faults(traces[0])
         faults += find.score(traces[0])
+        faults += find.repeated(traces[0])
         if any(fault.fatal for fault in faults):
             return faults
         _learn_model(pair, traces[0])
@@ -277,6 +278,8 @@ def _look(pair: Pair, wants_guide: bool) -> list[Fault]:
         moving = list(find.moving_supports(pair, *traces))
         if wants_guide:
             pair.guide = _default_guide(pair)
+        if isinstance(pair.guide, Guide | AutoGuide):
+            faults += find.half_observed(traces[0])
         if isinstance(pair.guide, Guide):
             if pair.latents or not _learns_by_itself(pair):
                 faults += find.own_guide_faults(pair, traces[0])

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyro.poutine as poutine
 import torch
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
@@ -28,7 +29,7 @@ from latentlab.inference import objectives
 from latentlab.inference.batches import num_rows, parted
 from latentlab.inference.held_out import HeldOut
 from latentlab.inference.modes import evaluation_mode
-from latentlab.inference.pair import Arguments, Pair, copy_pair, modules_of
+from latentlab.inference.pair import Arguments, Pair, copy_pair, latent_of, modules_of
 from latentlab.inference.predictive import as_fitted
 from latentlab.inference.restarts import Restarts
 from latentlab.protocols import OffersGuide, Rebuildable, owner_of
@@ -372,7 +373,7 @@ def _expect_sites(file: Path, pair: Pair) -> None:
             continue
         try:
             with pair.entered(seed=0), torch.no_grad(), objectives.Substitute({}) as record:
-                pair.data.call(function)
+                trace = poutine.trace(function).get_trace(*pair.data.args, **pair.data.kwargs)
         except Exception as error:
             shapes = [tuple(t.shape) for t in pair.data.tensors()]
             raise ValueError(
@@ -390,6 +391,24 @@ def _expect_sites(file: Path, pair: Pair) -> None:
                     f"{file}: was written for another {role}: site {name!r} has shape {shape} in "
                     f"the file, and {has} here"
                 )
+        if role == "model":
+            _expect_supports(file, pair, trace)
+
+
+def _expect_supports(file: Path, pair: Pair, trace: poutine.Trace) -> None:
+    """Latents of another kind are those of another model; bounds may come from the data."""
+    for latent in pair.latents:
+        found = latent_of(latent.name, trace.nodes[latent.name]).support
+        kinds = [_kind(support_spec(support)) for support in (latent.support, found)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"{file}: was written for another model: site {latent.name!r} has the support "
+                f"{kinds[0]} in the file, and {kinds[1]} here"
+            )
+
+
+def _kind(spec: Mapping[str, Any]) -> str:
+    return _kind(spec["base"]) if "base" in spec else spec["name"]
 
 
 def _describe(value: Any) -> Any:  # noqa: ANN401

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pyro.poutine as poutine
 import torch
 from pyro.infer.autoguide import AutoGuide
 
@@ -270,7 +271,41 @@ def _batch_size(pair: Pair, batch_size: int | None) -> int | None:
             stacklevel=4,
         )
         return None
-    return batch_size if batch_size < len(tensors[0]) else None
+    if batch_size == len(tensors[0]):
+        return None
+    _expect_scaled(pair, batch_size, len(tensors[0]))
+    return batch_size
+
+
+def _expect_scaled(pair: Pair, batch_size: int, total: int) -> None:
+    """A mini-batch has to stand for all rows: the model says so with ``size``, or is refused."""
+    part = take(pair.data, torch.arange(batch_size))
+    scales = []
+    with pair.entered(seed=0), torch.no_grad():
+        for size in (batch_size, total):
+            try:
+                model = poutine.trace(pair.model)
+                nodes = model.get_trace(*part.args, **{**part.kwargs, "size": size}).nodes
+            except Exception as error:
+                raise ValueError(
+                    f"batch_size: the model does not run on {batch_size} of the {total} rows "
+                    f"({' '.join(str(error).split())}); its plate must be rows(x, size)"
+                ) from error
+            scales.append({site: torch.as_tensor(nodes[site]["scale"]) for site in pair.observed})
+    plate = pair.rows_plate()
+    own = [site for site in pair.observed if plate in {name for name, _, _ in pair.plates[site]}]
+    own = own or list(pair.observed)
+    unscaled = [
+        site
+        for site in own
+        if not torch.allclose(scales[1][site] * batch_size, scales[0][site] * total)
+    ]
+    if len(unscaled) == len(own) if plate is None else unscaled:
+        raise ValueError(
+            f"batch_size: the model counts {batch_size} rows as {batch_size}, where they stand "
+            f"for size={total} (site {unscaled[0]!r}); put its sites into rows(x, size), or in "
+            "pyro.plate(name, size, subsample=x)"
+        )
 
 
 def _follows_rows(pair: Pair, local_plate: str) -> bool:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
@@ -167,7 +168,8 @@ def gather(posterior: Posterior, num_samples: int | None, seed: int | None) -> E
     num_figures = sum(math.prod(z.shape) for z in pair.latents)
     keep = not is_point and num_samples * num_figures <= _KEPT
     draws, log_weights = posterior._weighted(2 if is_point else num_samples, seed, keep)
-    blocks = () if is_point else _blocks(posterior, log_weights, seed)
+    parts = _own_parts(posterior)
+    blocks = () if is_point or parts else _blocks(posterior, log_weights, seed)
     owner = owner_of(pair.model)
     aligned = posterior._aligned(1000, seed) if pair.latents else None
     return Evidence(
@@ -181,15 +183,33 @@ def gather(posterior: Posterior, num_samples: int | None, seed: int | None) -> E
         ladder=tuple(map(str, posterior.ladder)),
         blocks=blocks,
         moments=_moments(draws, blocks),
-        elbo=Estimate.from_draws(log_weights),
+        elbo=posterior.elbo if parts else Estimate.from_draws(log_weights),
         recorded_elbo=posterior.elbo,
         other_data=bool(posterior.fitted_to) and fingerprint(pair.data) != posterior.fitted_to,
         restarts=posterior.restarts,
         kl={} if is_point else _kl_to_prior(posterior, seed),
         switched=aligned.switched if aligned is not None and posterior._axes else None,
-        remarks=tuple(owner.remarks(aligned.draws, *pair.data.args))
+        remarks=parts + tuple(owner.remarks(aligned.draws, *pair.data.args))
         if isinstance(owner, Describes) and aligned is not None
-        else (),
+        else parts,
+    )
+
+
+def _own_parts(posterior: Posterior) -> tuple[str, ...]:
+    """Remarks on plates that look at other rows in each run: no weights are of all rows."""
+    pair = posterior.pair
+    with torch.no_grad(), posterior._entered("parts", None):
+        nodes = poutine.trace(pair.model).get_trace(*pair.data.args, **pair.data.kwargs).nodes
+    plates = {
+        frame.name: (frame.size, frame.full_size)
+        for site in pair.observed
+        for frame in nodes[site]["cond_indep_stack"]
+        if frame.full_size not in (None, frame.size)
+    }
+    return tuple(
+        f"plate {name!r} looks at other {size} of {total} rows in each run, so that no k-hat "
+        "speaks for all of them; write rows(x, size), and fit with batch_size="
+        for name, (size, total) in plates.items()
     )
 
 

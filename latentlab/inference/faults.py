@@ -6,6 +6,7 @@ inside the pair's sandbox, where torch and Pyro check arguments.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.infer.autoguide import AutoCallable, AutoDelta, AutoGuide, AutoGuideList, AutoNormal
 from pyro.nn import PyroModule
 from pyro.poutine import Trace
+from pyro.poutine.util import site_is_factor
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -29,10 +31,12 @@ __all__ = [
     "clashing_names",
     "cover_faults",
     "entangled",
+    "half_observed",
     "model_faults",
     "moving_supports",
     "own_guide_faults",
     "pair_faults",
+    "repeated",
     "score",
     "unregistered",
     "unsteady",
@@ -123,6 +127,48 @@ def model_faults(trace: Trace) -> Iterator[Fault]:
                 name,
                 f"is discrete ({type(site['fn']).__name__}) with no finite support, so it cannot "
                 "be summed out; use a distribution with a finite support, or a continuous one",
+            )
+
+
+def repeated(trace: Trace) -> Iterator[Fault]:
+    """Observed values that are counted more often than they were given."""
+    for name, site in observed_of(trace).items():
+        if site_is_factor(site):
+            continue
+        fn, shape = site["fn"], tuple(torch.as_tensor(site["value"]).shape)
+        given, expected = shape[: len(shape) - fn.event_dim], tuple(fn.shape())
+        together = tuple(torch.broadcast_shapes(given, fn.batch_shape))
+        if math.prod(together) > max(math.prod(given), math.prod(fn.batch_shape)):
+            yield Fault(
+                name,
+                f"the value has shape {shape} and its distribution {expected}: every number "
+                f"would be compared with every other, {together}; give obs the shape {expected}",
+            )
+            continue
+        for plate, size, dim in plates_of(site):
+            if size == 1 or len(given) >= -dim and given[dim] == size:
+                continue
+            single = math.prod(shape) == 1  # as of a zero that stands for all elements
+            yield Fault(
+                name,
+                f"the value has shape {shape} and is counted {size} times, once for each element "
+                f"of plate {plate!r}; give obs the shape {expected}",
+                fatal=not single,
+            )
+            break
+
+
+def half_observed(trace: Trace) -> Iterator[Fault]:
+    """Latents that ``obs_mask=`` makes of missing cells: the model masks them, no guide does."""
+    observed = observed_of(trace)
+    for name in latents_of(trace):
+        site = name.removesuffix("_unobserved")
+        if site != name and f"{site}_observed" in observed:
+            yield Fault(
+                site,
+                "its obs_mask= makes a latent whose density the model masks and this guide does "
+                f"not, so that the ELBO has no bound; leave missing cells out with "
+                f"pyro.sample({site!r}, fn.mask(mask), obs=x.nan_to_num())",
             )
 
 

@@ -111,7 +111,7 @@ def log_density_of_rows(pair: Pair, data: Arguments, num_draws: int = _DRAWS) ->
             plate = predictive.datum_plate(pair)
             draws = objectives.draw(pair, 1 if pair.is_point() else num_draws)
             kept = predictive.shared(other, draws, plate)
-            log_weights = predictive.log_density(other, kept, plate)
+            log_weights, _ = predictive.log_density(other, kept, plate)
     return log_weights.logsumexp(0) - math.log(len(log_weights))
 
 

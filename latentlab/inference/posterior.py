@@ -205,10 +205,11 @@ class Posterior:
     ) -> Estimate:
         r"""Log predictive density of held-out data with its Monte Carlo error.
 
-        .. math:: \sum_n \log \frac{1}{S} \sum_s p(x_n \mid z_s), \quad z_s \sim q
+        .. math:: \sum_n w_n \log \frac{1}{S} \sum_s p(x_n \mid z_s), \quad z_s \sim q
 
         A datum n is a row: an element of the plate over the first axis of the data; without a
-        plate, all data are one datum. Latents in that plate are drawn anew from the model.
+        plate, all data are one datum. Latents in that plate are drawn anew from the model. It
+        counts w times where the model says so, else once.
 
         Arguments:
             data: held-out data, in the form that ``fit`` was given.
@@ -222,7 +223,8 @@ class Posterior:
         arguments = self._arguments(data, "log_prob")
         with torch.no_grad(), self._entered("log_prob", seed):
             pair, draws = self._given(num_samples, arguments, own=False)
-            return log_mean_exp(predictive.log_density(pair, draws, self._plate))
+            found, counts = predictive.log_density(pair, draws, self._plate)
+            return log_mean_exp(found, counts=counts)
 
     def summary(self, num_samples: int | None = None, seed: int | None = None) -> pd.DataFrame:
         """Mean, sd and quantiles of every continuous latent, in the units of the data.

@@ -33,6 +33,7 @@ from latentlab.protocols import ArrangesData, owner_of
 
 __all__ = [
     "as_fitted",
+    "counts_of",
     "datum_plate",
     "draw_labels",
     "is_local",
@@ -140,15 +141,52 @@ def replicate(pair: Pair, draws: Draws) -> dict[str, Tensor]:
     return {name: torch.cat([part[name] for part in parts]) for name in pair.observed}
 
 
-def log_density(pair: Pair, draws: Draws, plate: str | None) -> Tensor:
+def log_density(pair: Pair, draws: Draws, plate: str | None) -> tuple[Tensor, Tensor | None]:
     """Log-density of each datum at each draw (S, N); N is 1 where the data are one datum.
+
+    Of a datum that counts w times it is that of the datum once: the log of a mean over draws of
+    its w-th power is not w times that log.
 
     Arguments:
         pair: the pair, entered, with the data.
         draws: draws of the latents; those not given are drawn from the model.
         plate: that of the data, see :func:`datum_plate`.
+
+    Returns:
+        The log-densities, and how often each datum counts, shape (N,), ``None`` where all count
+        once.
     """
-    return torch.cat([_log_density(pair, part, plate) for part in chunks(pair, draws)])
+    found = torch.cat([_log_density(pair, part, plate) for part in chunks(pair, draws)])
+    counts = counts_of(pair, draws, plate)
+    if counts is None or len(counts) != found.shape[1]:
+        return found, None
+    return torch.where(
+        counts > 0, found / counts.clamp_min(torch.finfo(counts.dtype).tiny), 0
+    ), counts
+
+
+def counts_of(pair: Pair, draws: Draws, plate: str | None) -> Tensor | None:
+    """How often the model counts each datum (N,), where all its observed sites agree on that.
+
+    Arguments:
+        pair: as for :func:`log_density`.
+        draws: as for :func:`log_density`.
+        plate: as for :func:`log_density`.
+    """
+    with objectives.Substitute(_single(pair, draws, 0)):
+        nodes = poutine.trace(pair.model).get_trace(*pair.data.args, **pair.data.kwargs).nodes
+    found = []
+    for site in pair.observed:
+        dims = {name: (dim, size) for name, size, dim in pair.plates[site]}
+        scale = nodes[site]["scale"]
+        if plate not in dims or not isinstance(scale, Tensor):
+            return None
+        dim, _ = dims[plate]
+        if scale.dim() < -dim or scale.numel() != scale.shape[dim]:
+            return None
+        found.append(scale.reshape(-1))
+    agree = found and all(torch.equal(one, found[0]) for one in found)
+    return found[0].double() if agree and bool((found[0] != 1).any()) else None
 
 
 def _log_density(pair: Pair, draws: Draws, plate: str | None) -> Tensor:

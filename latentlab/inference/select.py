@@ -235,11 +235,12 @@ def select(
 
 @dataclass(frozen=True)
 class _Scores:
-    """Scores of one value; each datum's own, in nats, shape (N,)."""
+    """Scores of one value; each datum's own, in nats, shape (N,), once."""
 
     held_out: Tensor | None
     monte_carlo_se: float
     bic: Tensor | None  # parted evenly where it counts numbers
+    counts: Tensor  # how often each datum counts
     num_numbers: int
     verdict: str
 
@@ -329,22 +330,26 @@ def _score(
 ) -> _Scores:
     """The scores of one model, made anew for each fit."""
     held_out, squares, levels = torch.zeros(num_data, dtype=torch.float64), 0.0, [0]
+    counts = torch.ones(num_data, dtype=torch.float64)
     for fold in folds:
         rest = torch.ones(num_data, dtype=torch.bool)
         rest[fold] = False
         posterior = fit(make(), _part(data, rest.nonzero()[:, 0], num_data), guide, **settings)
         levels.append(_LEVELS.index(posterior.check().level))
-        by_datum = _log_density(posterior, _part(data, fold, num_data), _DRAWS)
+        by_datum, counted = _log_density(posterior, _part(data, fold, num_data), _DRAWS)
         held_out[fold] = by_datum.logsumexp(0) - math.log(len(by_datum))
-        squares += log_mean_exp(by_datum).se ** 2
+        counts[fold] = counted
+        squares += log_mean_exp(by_datum, counts=counted).se ** 2
     mode = fit(make(), data, "point", **settings)
-    num_numbers, bic = _free_numbers(mode.pair), None
+    num_numbers = _free_numbers(mode.pair)
+    bic: Tensor | None = None
     if mode.pair.local_plate() is None:
-        log_likelihood = _log_density(mode, data, 1)[0]
-        penalty = num_numbers * math.log(num_data)
-        bic = -2 * log_likelihood + penalty / len(log_likelihood)
+        found, counts = _log_density(mode, data, 1)
+        total = float(counts.sum()) if len(counts) == num_data else num_data
+        bic = -2 * found[0] + num_numbers * math.log(total) / float(counts.sum())
     verdict = _LEVELS[max(levels)] if folds else "-"
-    return _Scores(held_out if folds else None, math.sqrt(squares), bic, num_numbers, verdict)
+    scores = held_out if folds else None
+    return _Scores(scores, math.sqrt(squares), bic, counts, num_numbers, verdict)
 
 
 def _free_numbers(pair: Pair) -> int:
@@ -354,27 +359,31 @@ def _free_numbers(pair: Pair) -> int:
     return latents + sum(v.numel() for v in parameters)
 
 
-def _log_density(posterior: Posterior, data: Arguments, num_samples: int) -> Tensor:
-    """Log-density (S, N) of each datum at each draw, float64."""
+def _log_density(posterior: Posterior, data: Arguments, num_samples: int) -> tuple[Tensor, Tensor]:
+    """Log-density (S, N) of each datum at each draw, and how often it counts (N,), float64."""
     num_data = max((len(t) for t in data.tensors() if t.dim()), default=1)
     num_samples = max(2, min(num_samples, _ELEMENTS // num_data)) if num_samples > 1 else 1
     with torch.no_grad(), posterior._entered("select", None):
         pair, draws = posterior._given(num_samples, data, own=False)
-        return predictive.log_density(pair, draws, posterior._plate).double()
+        found, counts = predictive.log_density(pair, draws, posterior._plate)
+        return found.double(), found.new_ones(
+            found.shape[1]
+        ).double() if counts is None else counts
 
 
 def _compared(values: Sequence, found: Sequence[_Scores]) -> tuple[Candidate, ...]:
     """The figures of each value, and their differences to the best ones."""
     held, bics = [s.held_out for s in found], [s.bic for s in found]
-    scores, losses = [*map(_sum_of, held)], [*map(_sum_of, bics)]
+    counts = [s.counts for s in found]
+    scores, losses = [*map(_sum_of, held, counts)], [*map(_sum_of, bics, counts)]
     top, low = scores.index(max(scores)), losses.index(min(losses))
     return tuple(
         Candidate(
             value,
-            _total(held[i], s.monte_carlo_se),
-            _gap(held, i, top, math.hypot(s.monte_carlo_se, found[top].monte_carlo_se)),
-            _total(bics[i]),
-            _gap(bics, i, low),
+            _total(held[i], s.counts, s.monte_carlo_se),
+            _gap(held, i, top, s.counts, math.hypot(s.monte_carlo_se, found[top].monte_carlo_se)),
+            _total(bics[i], s.counts),
+            _gap(bics, i, low, s.counts),
             s.num_numbers,
             s.verdict,
         )
@@ -382,26 +391,37 @@ def _compared(values: Sequence, found: Sequence[_Scores]) -> tuple[Candidate, ..
     )
 
 
-def _total(by_datum: Tensor | None, monte_carlo_se: float = 0.0) -> Estimate | None:
-    """The sum over the data as draws from their source; of one datum the error is not known."""
+def _total(
+    by_datum: Tensor | None, counts: Tensor, monte_carlo_se: float = 0.0
+) -> Estimate | None:
+    """The sum over the data as draws from their source; of one datum the error is not known.
+
+    A datum that counts twice is two of them.
+    """
     if by_datum is None:
         return None
-    se = float(by_datum.std()) * math.sqrt(len(by_datum)) if len(by_datum) > 1 else math.nan
-    return Estimate(float(by_datum.sum()), math.hypot(se, monte_carlo_se))
+    total = float(counts.sum())
+    mean = (counts * by_datum).sum() / total
+    variance = (counts * (by_datum - mean) ** 2).sum() / (total - 1) if total > 1 else math.nan
+    return Estimate(float(mean) * total, math.hypot(math.sqrt(total * variance), monte_carlo_se))
 
 
 def _gap(
-    by_datum: Sequence[Tensor | None], i: int, best: int, monte_carlo_se: float = 0.0
+    by_datum: Sequence[Tensor | None],
+    i: int,
+    best: int,
+    counts: Tensor,
+    monte_carlo_se: float = 0.0,
 ) -> Estimate | None:
     """The difference to the best one, datum by datum."""
     mine, theirs = by_datum[i], by_datum[best]
     if mine is None or theirs is None:
         return None
-    return Estimate(0.0, 0.0) if i == best else _total(mine - theirs, monte_carlo_se)
+    return Estimate(0.0, 0.0) if i == best else _total(mine - theirs, counts, monte_carlo_se)
 
 
-def _sum_of(by_datum: Tensor | None) -> float:
-    return 0.0 if by_datum is None else float(by_datum.sum())
+def _sum_of(by_datum: Tensor | None, counts: Tensor) -> float:
+    return 0.0 if by_datum is None else float((counts * by_datum).sum())
 
 
 def _bic_of(candidate: Candidate) -> float:
