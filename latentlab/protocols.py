@@ -14,6 +14,7 @@ from torch import Tensor
 __all__ = [
     "Anneals",
     "ArrangesData",
+    "CountsObservations",
     "Describes",
     "DrawsFit",
     "Exchangeable",
@@ -23,6 +24,7 @@ __all__ = [
     "NamesDims",
     "OffersGuide",
     "Rebuildable",
+    "Reconstructs",
     "ScalesToData",
     "StartsFrom",
     "ToleratesMissing",
@@ -68,6 +70,14 @@ class ArrangesData(Protocol):
             names: the columns that there must be, where the model was fitted to some.
             named: data given by keyword.
         """
+
+
+@runtime_checkable
+class CountsObservations(Protocol):
+    """A model each of whose data is many observations, as a sequence is."""
+
+    def num_observations(self, *data: Any) -> int:  # noqa: ANN401
+        """Their number, from the arguments of the model."""
 
 
 @runtime_checkable
@@ -176,3 +186,15 @@ class Rebuildable(Protocol):
 
     def spec(self) -> dict[str, Any]:
         """``{"class": name, "arguments": {...}, "buffers": {...}}`` of JSON values."""
+
+
+@runtime_checkable
+class Reconstructs(Protocol):
+    """A model whose density of a row is conditional on that very row, so that none is held out."""
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Each row, drawn again from its code."""
+
+    @property
+    def reads_its_rows(self) -> bool:
+        """True where the observed site depends on the value it is compared with."""

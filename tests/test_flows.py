@@ -522,3 +522,18 @@ def test_flows_of_several_threads_do_not_meet():
     for thread in threads:
         thread.join()
     assert not faults
+
+
+@pytest.mark.parametrize("kind", ["maf", "nsf"])
+def test_a_masked_network_lets_each_feature_see_all_before_it(kind):
+    """Of each map the Jacobian is a full triangle, or a dependence could not be learned."""
+    D = 12
+    for wide in (None, (D,)):
+        flow = stirred(kind, D, hidden_dims=wide, num_transforms=1, affine="none")
+        noise = torch.randn(D, dtype=torch.float64)
+        slopes = torch.autograd.functional.jacobian(lambda n, f=flow: f.push(n)[0], noise)
+        assert int((slopes != 0).sum()) == D * (D + 1) // 2
+    with pytest.raises(
+        ValueError, match=r"^hidden_dims: .*at least num_features=12, got \[64, 11\]"
+    ):
+        flows.make(kind, D, hidden_dims=(64, 11))

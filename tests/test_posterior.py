@@ -746,3 +746,31 @@ def test_data_of_another_structure_are_named():
     assert gap < 5 * math.hypot(estimate.se, se)
     with pytest.raises(ValueError, match="the model observed 'x_2' in the fit, but not here"):
         posterior.predict(3, new[:2])
+
+
+def test_the_density_of_new_rows_uses_the_codes_a_guide_has_for_them():
+    """Draws of the prior miss the rows where there are many latents; the encoder's do not."""
+    torch.manual_seed(0)
+    L, D, sd = 8, 20, 0.2
+    W = torch.randn(L, D, dtype=torch.float64)
+    cov = W.T @ W + sd**2 * torch.eye(D, dtype=torch.float64)
+    law = torch.distributions.MultivariateNormal(torch.zeros(D, dtype=torch.float64), cov)
+    old, new = law.sample((200,)), law.sample((50,))
+    precision = torch.eye(L, dtype=torch.float64) + W @ W.T / sd**2
+    tril = torch.linalg.cholesky(torch.linalg.inv(precision))
+
+    def model(x=None, size=None):
+        with ll.rows(x, size):
+            z = pyro.sample("z", dist.Normal(torch.zeros(L).double(), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ W, sd).to_event(1), obs=x)
+
+    def encoder(x=None, size=None):
+        shift = pyro.param("shift", torch.full((L,), 0.05, dtype=torch.float64))
+        loc = x @ W.T @ tril @ tril.T / sd**2 + shift * tril.diagonal()
+        with ll.rows(x, size):
+            pyro.sample("z", dist.MultivariateNormal(loc, scale_tril=tril))
+
+    posterior = ll.fit(model, old, encoder, max_steps=20, progress=False)
+    found, exact = posterior.log_prob(new), float(law.log_prob(new).sum())
+    assert found.se < 0.3
+    assert found.value == pytest.approx(exact, abs=5 * found.se + 0.01)

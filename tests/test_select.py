@@ -236,3 +236,37 @@ def test_the_density_of_a_weighted_row_is_the_log_of_a_mean_once():
     assert weighted.se == pytest.approx(repeated.se, rel=1e-10)
     none = posterior.log_prob({"x": x, "weights": torch.tensor([1.0, 1] + [0.0] * 18)}, seed=1)
     assert none.value == pytest.approx(posterior.log_prob(x[:2], seed=1).value, rel=1e-10)
+
+
+def test_a_chain_is_judged_by_its_steps():
+    """One sequence is one datum, but the BIC goes by its observations, as hmmlearn's does."""
+    counts = torch.poisson(
+        torch.where(torch.arange(120) % 40 < 20, 2.0, 9.0),
+        generator=torch.Generator().manual_seed(0),
+    ).double()[:, None]
+    model = functools.partial(ll.HiddenMarkovModel, emissions="poisson", prior="flat")
+    found = ll.select(model, [counts], num_states=[1, 2, 3], settings=QUICK)
+    one = found.candidates[0]
+    rate = float(counts.mean())
+    expected = -2 * stats.poisson.logpmf(counts, rate).sum() + math.log(120)
+    assert one.bic.value == pytest.approx(expected, abs=0.01)
+    assert found.best == 2
+
+
+def test_settings_of_the_fit_have_a_place_of_their_own():
+    with pytest.raises(TypeError, match=r"^max_steps: .*settings=\{'max_steps': ...\}"):
+        ll.select(ll.GaussianMixture, torch.zeros(9, 2), num_components=[1, 2], max_steps=300)
+
+
+def test_a_model_that_draws_its_rows_again_has_nothing_to_compare():
+    with pytest.raises(ValueError, match="^model: Autoencoder .*VariationalAutoencoder"):
+        ll.select(ll.Autoencoder, torch.randn(20, 3), latent_dim=[1, 2])
+
+
+def test_networks_are_compared_by_held_out_score_alone():
+    x = torch.randn(60, 1) @ torch.randn(1, 4) + 0.1 * torch.randn(60, 4)
+    model = functools.partial(ll.VariationalAutoencoder, hidden_dims=(8,))
+    settings = {"max_steps": 60, "progress": False}
+    found = ll.select(model, x, latent_dim=[1, 2], num_folds=2, settings=settings)
+    assert [c.bic for c in found.candidates] == [None, None]
+    assert all(math.isfinite(c.held_out.value) for c in found.candidates)

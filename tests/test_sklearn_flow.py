@@ -9,7 +9,7 @@ from sklearn.utils.estimator_checks import check_estimator
 
 from latentlab.sklearn import FlowDensity
 
-QUICK = {"kind": "maf", "hidden_layer_sizes": (8,), "n_transforms": 1, "max_iter": 60}
+QUICK = {"kind": "maf", "hidden_layer_sizes": (24,), "n_transforms": 1, "max_iter": 60}
 
 
 def ring(num, seed=0):

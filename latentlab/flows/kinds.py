@@ -22,7 +22,7 @@ def make(
     *,
     num_context: int = 0,
     orientation: Orientation = "sample",
-    hidden_dims: Sequence[int] = (64, 64),
+    hidden_dims: Sequence[int] | None = None,
     num_transforms: int = 3,
     num_bins: int = 8,
     affine: Affine = "diagonal",
@@ -45,7 +45,8 @@ def make(
         num_context: numbers C of a context that the map depends on.
         orientation: the direction that takes one pass: ``"sample"`` (``push``, for guides) or
             ``"density"`` (``pull``, for data).
-        hidden_dims: widths of the hidden layers of each network.
+        hidden_dims: widths of the hidden layers of each network, at least D where features follow
+            each other one by one; by default two of 64, or of 2 D where that is more.
         num_transforms: maps in the chain.
         num_bins: bins of the splines, over :math:`[-5, 5]`.
         affine: last on the side of the values, ``"diagonal"``, ``"triangular"`` or ``"none"``.
@@ -79,6 +80,7 @@ def make(
                 'kind: "planar" takes no context and orientation="sample" only; use another kind'
             )
         return Planar(num_features, num_transforms)
+    hidden_dims = hidden_dims or 2 * (max(64, 2 * num_features),)
     settings: dict[str, Any] = {"num_bins": 0}
     if kind in ("nsf", "coupling_nsf"):
         settings["num_bins"] = as_count(num_bins, "num_bins", minimum=2)

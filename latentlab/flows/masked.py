@@ -60,6 +60,9 @@ class MaskedFlow(nn.Module):
         coupling: half of the features given the other half, instead of one by one.
         affine: ``"diagonal"``, ``"triangular"`` or ``"none"``.
 
+    Raises:
+        ValueError: for a layer that is narrower than D, unless ``coupling``.
+
     Example:
         >>> flow = MaskedFlow(3, num_bins=8)
         >>> noise = torch.randn(5, 3)
@@ -81,6 +84,16 @@ class MaskedFlow(nn.Module):
         affine: Affine = "diagonal",
     ) -> None:
         super().__init__()
+        if (
+            not coupling
+            and num_features > 1
+            and min(hidden_dims, default=num_features) < num_features
+        ):
+            # The units of a masked layer take turns in seeing the first features, the first two...
+            raise ValueError(
+                f"hidden_dims: expected widths of at least num_features={num_features}, got "
+                f"{list(hidden_dims)}; a narrower masked network cuts dependences between features"
+            )
         self.num_features, self.num_context = num_features, num_context
         self.orientation: Orientation = orientation
         self.transforms = nn.ModuleList(

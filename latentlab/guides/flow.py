@@ -99,9 +99,7 @@ class Flow(Guide):
         self._make_flow(1)  # names what is out of range before there are data
 
     def _make_flow(self, num_latents: int) -> MaskedFlow | Planar:
-        width = max(64, 2 * num_latents)
-        hidden_dims = self.settings["hidden_dims"] or (width, width)
-        settings = self.settings | {"hidden_dims": hidden_dims, "affine": "none"}
+        settings = self.settings | {"affine": "none"}
         with torch.random.fork_rng(devices=[]):  # to be built takes no random numbers from others
             flow = flows.make(num_features=num_latents, **settings)
         # What is pushed goes on through the frame: it is never pulled as the tensor that it was.

@@ -288,6 +288,8 @@ class NetworkClimb:
     def _gain(self, score: Tensor, best: Tensor) -> Estimate:
         """How much a score is above the best, in nats per datum."""
         more = (score - best).double()
+        if more.numel() == 1:  # a point is drawn without noise
+            return Estimate(float(more), 0.0)
         if more.dim() == 1:
             return Estimate.from_draws(more)
         # Where all rows that are fitted are scored, only the draws of the latents are a sample.

@@ -24,8 +24,10 @@ from latentlab.data.checks import as_count, as_seed
 from latentlab.diagnostics import Alignment, Estimate, align, log_mean_exp
 from latentlab.guides import Draws, Guide
 from latentlab.inference import objectives, predictive
+from latentlab.inference.batches import follows_rows
 from latentlab.inference.pair import Arguments, Pair, copy_pair
 from latentlab.inference.restarts import Restarts
+from latentlab.inference.rows import on_rows, row_terms
 from latentlab.inference.sandbox import stream
 from latentlab.inference.stages import particle_chunk
 from latentlab.protocols import Exchangeable, NamesDims, owner_of
@@ -208,8 +210,10 @@ class Posterior:
         .. math:: \sum_n w_n \log \frac{1}{S} \sum_s p(x_n \mid z_s), \quad z_s \sim q
 
         A datum n is a row: an element of the plate over the first axis of the data; without a
-        plate, all data are one datum. Latents in that plate are drawn anew from the model. It
-        counts w times where the model says so, else once.
+        plate, all data are one datum. It counts w times where the model says so, else once.
+        Latents in that plate are drawn anew: where the guide computes them from the row, from the
+        guide with importance weights, else from the model. The error holds as far as the weights
+        do: where many rows are far from what a draw expects, the value is too low.
 
         Arguments:
             data: held-out data, in the form that ``fit`` was given.
@@ -222,8 +226,7 @@ class Posterior:
         num_samples = as_count(num_samples, "num_samples", minimum=2)
         arguments = self._arguments(data, "log_prob")
         with torch.no_grad(), self._entered("log_prob", seed):
-            pair, draws = self._given(num_samples, arguments, own=False)
-            found, counts = predictive.log_density(pair, draws, self._plate)
+            found, counts = self._density(arguments, num_samples)
             return log_mean_exp(found, counts=counts)
 
     def summary(self, num_samples: int | None = None, seed: int | None = None) -> pd.DataFrame:
@@ -416,6 +419,14 @@ class Posterior:
             draws = replace(draws, values=draws.values | labels)
         pair = replace(pair, data=arguments, summed_out=anew)
         return pair, draws if own else predictive.shared(pair, draws, self._plate)
+
+    def _density(self, arguments: Arguments, num_samples: int) -> tuple[Tensor, Tensor | None]:
+        """Log-density of each datum at each draw, see ``predictive.log_density``; call entered."""
+        if self.pair.latents and follows_rows(self.pair):
+            terms = row_terms(on_rows(self.pair, arguments), num_samples)
+            return terms.log_lik - terms.kl, None
+        pair, draws = self._given(num_samples, arguments, own=False)
+        return predictive.log_density(pair, draws, self._plate)
 
     def _evidence(self, num_samples: int | None = None, seed: int | None = None) -> Evidence:
         """What the verdict rests on: measured once, and anew when a number has changed."""

@@ -41,6 +41,7 @@ from latentlab.inference.engine import fit
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.posterior import Posterior
 from latentlab.inference.sandbox import stream
+from latentlab.protocols import CountsObservations, Reconstructs, owner_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Candidate", "Selection", "select"]
 
+_FIT_SETTINGS = frozenset(inspect.signature(fit).parameters) - {"model", "data", "guide"}
 _DRAWS = 1000  # behind a held-out score
 _ELEMENTS = 2**25  # of (S, N) held at a time
 _LEVELS = ("use", "use with care", "do not use")
@@ -205,8 +207,9 @@ def select(
         The scores, each with its error, and the value to take.
 
     Raises:
-        ValueError: unless exactly one keyword has several values, or if there are fewer data than
-            folds.
+        ValueError: unless exactly one keyword has several values, if there are fewer data than
+            folds, or for a model that has no density of new rows, such as an autoencoder.
+        TypeError: if a setting of ``fit`` is given as a keyword of the model.
 
     Example:
         >>> import latentlab as ll
@@ -219,9 +222,17 @@ def select(
     """
     name, values = _varied(arguments)
     num_folds, seed = as_count(num_folds, "num_folds", minimum=2), as_seed(seed)
+    _refuse_settings(model, arguments)
     arguments |= _columns_of(model, data, arguments)
     makers = [lambda value=value: model(**{**arguments, name: value}) for value in values]
     read = as_arguments(data, makers[0]())
+    owner = owner_of(makers[0]())
+    if isinstance(owner, Reconstructs) and owner.reads_its_rows:
+        raise ValueError(
+            f"model: {type(owner).__name__} draws each row again and has no density of new rows "
+            "to compare; take VariationalAutoencoder or ProbabilisticPCA, or compare errors of "
+            "reconstruct() on rows that were not fitted"
+        )
     N, rows_are_data = _count(makers[0](), read, guide)
     if rows_are_data and N < num_folds:
         raise ValueError(f"num_folds: expected at most the {N} data, got {num_folds}")
@@ -261,6 +272,17 @@ def _varied(arguments: Mapping[str, Any]) -> tuple[str, list]:
     return name, values
 
 
+def _refuse_settings(model: Callable[..., Callable], arguments: Mapping[str, Any]) -> None:
+    """Name the place of what belongs to ``fit``, not to the model."""
+    own = inspect.signature(model).parameters
+    lost = [name for name in arguments if name not in own and name in _FIT_SETTINGS]
+    if lost and not any(p.kind is p.VAR_KEYWORD for p in own.values()):
+        raise TypeError(
+            f"{lost[0]}: is an argument of fit, not of the model; give it as "
+            f"settings={{{lost[0]!r}: ...}}"
+        )
+
+
 def _columns_of(
     model: Callable[..., Callable],
     data: Any,  # noqa: ANN401
@@ -268,7 +290,7 @@ def _columns_of(
 ) -> dict[str, int]:
     """``num_features``, where the model asks for it and it is not given."""
     asked = inspect.signature(model).parameters.get("num_features")
-    if "num_features" in arguments or asked is None or asked.default is not asked.empty:
+    if "num_features" in arguments or asked is None or asked.default not in (asked.empty, None):
         return {}
     tensors = as_arguments(data, _reads_anything).tensors()
     if not tensors or tensors[0].dim() < 2:
@@ -340,16 +362,26 @@ def _score(
         held_out[fold] = by_datum.logsumexp(0) - math.log(len(by_datum))
         counts[fold] = counted
         squares += log_mean_exp(by_datum, counts=counted).se ** 2
-    mode = fit(make(), data, "point", **settings)
-    num_numbers = _free_numbers(mode.pair)
+    pair, _ = prepare(make(), data, "point")
     bic: Tensor | None = None
-    if mode.pair.local_plate() is None:
+    if pair.local_plate() is None:
+        mode = fit(make(), data, "point", **settings)
+        pair = mode.pair
         found, counts = _log_density(mode, data, 1)
-        total = float(counts.sum()) if len(counts) == num_data else num_data
-        bic = -2 * found[0] + num_numbers * math.log(total) / float(counts.sum())
+        penalty = _free_numbers(pair) * math.log(_num_observations(mode, counts, num_data))
+        bic = -2 * found[0] + penalty / float(counts.sum())
+    num_numbers = _free_numbers(pair)
     verdict = _LEVELS[max(levels)] if folds else "-"
     scores = held_out if folds else None
     return _Scores(scores, math.sqrt(squares), bic, counts, num_numbers, verdict)
+
+
+def _num_observations(posterior: Posterior, counts: Tensor, num_data: int) -> float:
+    """What the BIC goes by: data, each as often as it counts, or what these are made of."""
+    owner = owner_of(posterior.model)
+    if isinstance(owner, CountsObservations):
+        return owner.num_observations(*posterior.pair.data.args)
+    return float(counts.sum()) if len(counts) == num_data else num_data
 
 
 def _free_numbers(pair: Pair) -> int:
@@ -364,8 +396,7 @@ def _log_density(posterior: Posterior, data: Arguments, num_samples: int) -> tup
     num_data = max((len(t) for t in data.tensors() if t.dim()), default=1)
     num_samples = max(2, min(num_samples, _ELEMENTS // num_data)) if num_samples > 1 else 1
     with torch.no_grad(), posterior._entered("select", None):
-        pair, draws = posterior._given(num_samples, data, own=False)
-        found, counts = predictive.log_density(pair, draws, posterior._plate)
+        found, counts = posterior._density(data, num_samples)
         return found.double(), found.new_ones(
             found.shape[1]
         ).double() if counts is None else counts

@@ -122,6 +122,11 @@ class Autoencoder(nn.Module):
             row = self.likelihood.distribution(self._params(self._codes(x)))
             return pyro.sample("x", row, obs=x)
 
+    @property
+    def reads_its_rows(self) -> bool:
+        """True: a row is compared with what its own code gives."""
+        return True
+
     def scale_to(self, x: Tensor | Table, size: int | None = None) -> Autoencoder:
         """Check that the loss fits the data, and take its units from them, in place.
 

@@ -52,7 +52,8 @@ class FlowDensity(nn.Module):
         num_features: number of columns D.
         kind: of the flow, ``"nsf"`` (bends most), ``"coupling_nsf"``, ``"maf"`` or ``"realnvp"``;
             see :func:`latentlab.flows.make`.
-        hidden_dims: widths of the hidden layers of its networks.
+        hidden_dims: widths of the hidden layers of its networks; by default two of 64, or of 2 D
+            where that is more.
         num_transforms: maps in the chain.
         num_bins: bins of the splines.
         held_out: share of the rows that a fit keeps aside to know when to stop; 0 for none.
@@ -79,7 +80,7 @@ class FlowDensity(nn.Module):
         num_features: int,
         kind: Kind = "nsf",
         *,
-        hidden_dims: Sequence[int] = (64, 64),
+        hidden_dims: Sequence[int] | None = None,
         num_transforms: int = 3,
         num_bins: int = 8,
         held_out: float = 0.1,
@@ -95,7 +96,7 @@ class FlowDensity(nn.Module):
             )
         self.num_features, self.kind, self.held_out = D, kind, float(held_out)
         self.settings = {
-            "hidden_dims": tuple(hidden_dims),
+            "hidden_dims": None if hidden_dims is None else list(hidden_dims),
             "num_transforms": num_transforms,
             "num_bins": num_bins,
         }
@@ -189,8 +190,7 @@ class FlowDensity(nn.Module):
 
     def spec(self) -> dict[str, Any]:
         """What builds this model again; its buffers hold the units of the columns."""
-        settings = {**self.settings, "hidden_dims": list(self.settings["hidden_dims"])}  # type: ignore[call-overload]
-        arguments = {"num_features": self.num_features, "kind": self.kind, **settings}
+        arguments = {"num_features": self.num_features, "kind": self.kind, **self.settings}
         return {
             "class": "FlowDensity",
             "arguments": {**arguments, "held_out": self.held_out},

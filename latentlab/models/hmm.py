@@ -193,6 +193,10 @@ class HiddenMarkovModel(nn.Module):
         unnamed = found.names == default_names(self.num_features)
         return (x, found.lengths), kwargs, None if unnamed else found.names
 
+    def num_observations(self, x: Tensor, lengths: Tensor | None = None) -> int:
+        """The number of steps of all sequences together, which the BIC goes by."""
+        return x.shape[0] * x.shape[1] if lengths is None else int(lengths.sum())
+
     def forward(
         self,
         x: Tensor | None = None,

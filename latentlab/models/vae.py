@@ -472,10 +472,6 @@ def _take(z: Tensor, chosen: Tensor) -> Tensor:
     return z[chosen, torch.arange(z.shape[1], device=z.device)]
 
 
-def _numpy(values: Tensor) -> Any:  # noqa: ANN401
-    return values.numpy(force=True)
-
-
 def _check_choice(value: str, name: str, choices: Sequence[str]) -> None:
     if value not in choices:
         known = " or ".join(map(repr, choices))

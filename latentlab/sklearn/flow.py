@@ -33,7 +33,8 @@ class FlowDensity(DensityMixin, BaseEstimator):
 
     Arguments:
         kind: of the flow, see :class:`latentlab.FlowDensity`.
-        hidden_layer_sizes: widths of the hidden layers of its networks.
+        hidden_layer_sizes: widths of the hidden layers of its networks; by default two of 64, or
+            of 2 D where that is more.
         n_transforms: maps in the chain.
         validation_fraction: share of the rows that is kept aside; 0 for none.
         batch_size: rows of a step; all where there are fewer.
@@ -67,7 +68,7 @@ class FlowDensity(DensityMixin, BaseEstimator):
         self,
         kind: str = "nsf",
         *,
-        hidden_layer_sizes: Sequence[int] = (64, 64),
+        hidden_layer_sizes: Sequence[int] | None = None,
         n_transforms: int = 3,
         validation_fraction: float = 0.1,
         batch_size: int = 256,
