@@ -36,7 +36,7 @@ from latentlab.guides import (
 )
 from latentlab.guides.layout import Given
 
-SMALL = {"hidden_dims": (8, 8), "num_transforms": 2}
+SMALL = {"num_transforms": 2}
 FLOWS = [kind for kind in flows.KINDS if kind != "maf"]  # it is the iaf under another name
 GUIDES = {
     "Point": Point,

@@ -27,7 +27,7 @@ from latentlab.inference import objectives, predictive
 from latentlab.inference.batches import follows_rows
 from latentlab.inference.pair import Arguments, Pair, copy_pair
 from latentlab.inference.restarts import Restarts
-from latentlab.inference.rows import on_rows, row_terms
+from latentlab.inference.rows import density_of_rows
 from latentlab.inference.sandbox import stream
 from latentlab.inference.stages import particle_chunk
 from latentlab.protocols import Exchangeable, NamesDims, owner_of
@@ -211,9 +211,8 @@ class Posterior:
 
         A datum n is a row: an element of the plate over the first axis of the data; without a
         plate, all data are one datum. It counts w times where the model says so, else once.
-        Latents in that plate are drawn anew: where the guide computes them from the row, from the
-        guide with importance weights, else from the model. The error holds as far as the weights
-        do: where many rows are far from what a draw expects, the value is too low.
+        Latents in that plate are drawn anew: from a guide that computes them from the row, with
+        importance weights, else from the model. Where these weights vary much it is too low.
 
         Arguments:
             data: held-out data, in the form that ``fit`` was given.
@@ -423,8 +422,7 @@ class Posterior:
     def _density(self, arguments: Arguments, num_samples: int) -> tuple[Tensor, Tensor | None]:
         """Log-density of each datum at each draw, see ``predictive.log_density``; call entered."""
         if self.pair.latents and follows_rows(self.pair):
-            terms = row_terms(on_rows(self.pair, arguments), num_samples)
-            return terms.log_lik - terms.kl, None
+            return density_of_rows(self.pair, arguments, num_samples), None
         pair, draws = self._given(num_samples, arguments, own=False)
         return predictive.log_density(pair, draws, self._plate)
 

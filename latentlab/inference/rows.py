@@ -32,6 +32,7 @@ from latentlab.inference.stages import particle_chunk
 __all__ = [
     "DRAWS_OF_ROWS",
     "RowTerms",
+    "density_of_rows",
     "elbo_of_rows",
     "fewer",
     "looked_at",
@@ -117,6 +118,12 @@ def row_terms(pair: Pair, num_particles: int) -> RowTerms:
         kl = kl - sum((_by_row(pair, z.name, log_p[z.name], plate, num) for z in pair.latents), 0)
         parts.append(RowTerms(log_lik, kl.expand_as(log_lik)))
     return RowTerms(*(torch.cat(terms) for terms in zip(*parts, strict=True)))
+
+
+def density_of_rows(pair: Pair, data: Arguments, num_particles: int) -> Tensor:
+    """Log importance weights (P, M) of each of some rows, whose mean is its density."""
+    terms = row_terms(on_rows(pair, data), num_particles)
+    return terms.log_lik - terms.kl
 
 
 def _by_row(pair: Pair, site: str, log_prob: Tensor, plate: str | None, num: int) -> Tensor:
