@@ -36,7 +36,7 @@ from latentlab.guides import (
 )
 from latentlab.guides.layout import Given
 
-SMALL = {"num_transforms": 2}
+SMALL = {"hidden_dims": (8, 8), "num_transforms": 2}
 FLOWS = [kind for kind in flows.KINDS if kind != "maf"]  # it is the iaf under another name
 GUIDES = {
     "Point": Point,
@@ -45,7 +45,7 @@ GUIDES = {
     "FullRank": FullRank,
     "Structured": Structured,
     "Amortised": lambda: Amortised(hidden_dims=(8,), num_inputs=2),
-} | {f"Flow {kind}": lambda kind=kind: Flow(kind, **SMALL) for kind in FLOWS}
+} | {f"Flow {kind}": lambda kind=kind: Flow(kind, num_transforms=2) for kind in FLOWS}
 SPREAD = [name for name in GUIDES if name != "Point"]
 GAUSSIAN = ["MeanField", "LowRank", "FullRank", "Structured"]
 
