@@ -51,7 +51,6 @@ _WARM_UP = 400  # steps from each start
 _MANY_PARAMETERS = 100_000  # above, one start is what a fit can afford
 _FLOW_PARTICLES = 32  # a flow has to see the tails that it bends
 _CHEAP_ELEMENTS = 20_000  # below, eight particles cost about what one does, on one thread
-_FEW_ELEMENTS = 5_000  # below, 32 cost little more, and save most of the steps
 
 
 def fit(
@@ -94,7 +93,7 @@ def fit(
             mini-batches), ``"flow"`` (a bent normal: tails and curves that no normal has).
         batch_size: rows per step; ``None`` takes all. The model must accept ``size``.
         num_restarts: starts; by default 4 for guides of ours, 1 for others and for large ones.
-        num_particles: draws per step; by default 32 or 8 where they are cheap, else 1.
+        num_particles: draws per step; by default 8 where they are cheap, else 1.
         max_steps: steps of the climb from each start.
         lr: rate of the first stage, in posterior standard deviations (for a guide of your own: in
             units of its parameters); by default 0.05, and where the pair has networks the best of
@@ -430,9 +429,8 @@ def _affordable(pair: Pair, settings: _Settings, batch_size: int | None) -> tupl
     num_restarts = settings.num_restarts or (
         4 if ours and pair.latents and size < _MANY_PARAMETERS else 1
     )
-    numbers = _numbers(pair, batch_size)
-    many = 32 if numbers <= _FEW_ELEMENTS else 8 if numbers <= _CHEAP_ELEMENTS else 1
-    num_particles = settings.num_particles or (many if pair.vectorised else 1)
+    many = pair.vectorised and _numbers(pair, batch_size) <= _CHEAP_ELEMENTS
+    num_particles = settings.num_particles or (8 if many else 1)
     if pair.is_point():
         num_particles = 1  # a point is drawn without noise
     return num_restarts, num_particles
