@@ -23,8 +23,8 @@ __all__ = [
     "LabelsRows",
     "NamesDims",
     "OffersGuide",
+    "ReadsItsRows",
     "Rebuildable",
-    "Reconstructs",
     "ScalesToData",
     "StartsFrom",
     "ToleratesMissing",
@@ -189,11 +189,8 @@ class Rebuildable(Protocol):
 
 
 @runtime_checkable
-class Reconstructs(Protocol):
+class ReadsItsRows(Protocol):
     """A model whose density of a row is conditional on that very row, so that none is held out."""
-
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """Each row, drawn again from its code."""
 
     @property
     def reads_its_rows(self) -> bool:

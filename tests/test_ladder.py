@@ -126,6 +126,12 @@ def test_bent_latents_get_a_flow_that_comes_near_the_evidence(bent):
     assert expected - flow.elbo.value < 0.05
 
 
+def test_every_stage_has_its_elbo_and_a_picture(bent):
+    _, _, posterior = bent
+    assert len(posterior.stage_starts) == len(posterior.stage_elbos)
+    posterior.plot("losses")
+
+
 def test_the_ladder_is_saved_with_the_posterior(bent, tmp_path):
     _, model, posterior = bent
     posterior.save(tmp_path / "run")

@@ -80,7 +80,8 @@ def make(
                 'kind: "planar" takes no context and orientation="sample" only; use another kind'
             )
         return Planar(num_features, num_transforms)
-    hidden_dims = hidden_dims or 2 * (max(64, 2 * num_features),)
+    if hidden_dims is None:
+        hidden_dims = 2 * (max(64, 2 * num_features),)
     settings: dict[str, Any] = {"num_bins": 0}
     if kind in ("nsf", "coupling_nsf"):
         settings["num_bins"] = as_count(num_bins, "num_bins", minimum=2)

@@ -84,11 +84,7 @@ class MaskedFlow(nn.Module):
         affine: Affine = "diagonal",
     ) -> None:
         super().__init__()
-        if (
-            not coupling
-            and num_features > 1
-            and min(hidden_dims, default=num_features) < num_features
-        ):
+        if not coupling and min(hidden_dims, default=num_features) < num_features:
             # The units of a masked layer take turns in seeing the first features, the first two...
             raise ValueError(
                 f"hidden_dims: expected widths of at least num_features={num_features}, got "

@@ -291,15 +291,16 @@ def _expect_scaled(pair: Pair, batch_size: int, total: int) -> None:
                     f"({' '.join(str(error).split())}); its plate must be rows(x, size)"
                 ) from error
             scales.append({site: torch.as_tensor(nodes[site]["scale"]) for site in pair.observed})
-    plate = pair.rows_plate()
-    own = [site for site in pair.observed if plate in {name for name, _, _ in pair.plates[site]}]
-    own = own or list(pair.observed)
+    some, all_of_them = scales
     unscaled = [
         site
-        for site in own
-        if not torch.allclose(scales[1][site] * batch_size, scales[0][site] * total)
+        for site in pair.observed
+        if not torch.allclose(all_of_them[site] * batch_size, some[site] * total)
     ]
-    if len(unscaled) == len(own) if plate is None else unscaled:
+    plate = pair.rows_plate()
+    of_rows = [s for s in unscaled if plate in {name for name, _, _ in pair.plates[s]}]
+    # Without a plate of rows, sites that are scaled by hand are told from those of no row by that.
+    if of_rows or (plate is None and len(unscaled) == len(pair.observed)):
         raise ValueError(
             f"batch_size: the model counts {batch_size} rows as {batch_size}, where they stand "
             f"for size={total} (site {unscaled[0]!r}); put its sites into rows(x, size), or in "

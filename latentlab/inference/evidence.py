@@ -16,7 +16,7 @@ Letters: S draws, N data, M inner draws.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -172,6 +172,9 @@ def gather(posterior: Posterior, num_samples: int | None, seed: int | None) -> E
     blocks = () if is_point or parts else _blocks(posterior, log_weights, seed)
     owner = owner_of(pair.model)
     aligned = posterior._aligned(1000, seed) if pair.latents else None
+    own: Iterable[str] = ()
+    if isinstance(owner, Describes) and aligned is not None:
+        own = owner.remarks(aligned.draws, *pair.data.args)
     return Evidence(
         converged=posterior.converged,
         stop_reason=posterior.stop_reason,
@@ -189,9 +192,7 @@ def gather(posterior: Posterior, num_samples: int | None, seed: int | None) -> E
         restarts=posterior.restarts,
         kl={} if is_point else _kl_to_prior(posterior, seed),
         switched=aligned.switched if aligned is not None and posterior._axes else None,
-        remarks=parts + tuple(owner.remarks(aligned.draws, *pair.data.args))
-        if isinstance(owner, Describes) and aligned is not None
-        else parts,
+        remarks=(*parts, *own),
     )
 
 

@@ -27,7 +27,7 @@ from latentlab.diagnostics import Estimate
 from latentlab.inference import objectives, predictive
 from latentlab.inference.batches import chosen, follows_rows, num_rows, take
 from latentlab.inference.pair import Arguments, Pair
-from latentlab.inference.rows import on_rows, row_terms
+from latentlab.inference.rows import density_of_rows
 
 __all__ = ["HeldOut", "as_share", "log_density_of_rows", "measure"]
 
@@ -104,8 +104,7 @@ def log_density_of_rows(pair: Pair, data: Arguments, num_draws: int = _DRAWS) ->
     """
     with torch.no_grad():
         if follows_rows(pair):
-            terms = row_terms(on_rows(pair, data), num_draws if pair.latents else 1)
-            log_weights = terms.log_lik - terms.kl
+            log_weights = density_of_rows(pair, data, num_draws if pair.latents else 1)
         else:
             other = replace(pair, data=data)
             plate = predictive.datum_plate(pair)

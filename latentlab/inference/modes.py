@@ -45,17 +45,22 @@ class TrainingMode:
     """
 
     def __init__(self, pair: Pair) -> None:
+        self._pair = pair
         tops = [*modules_of(pair.model), *modules_of(pair.guide)]
         found = {id(part): part for top in tops for part in _learning(top)}
         self._modules = [*found.values()]
-        self.buffers: dict[str, Tensor] = {
+        self._buffers: dict[str, Tensor] = {
             f"buffer.{k}.{name}": buffer
             for k, part in enumerate(self._modules)
             if type(part).__module__.startswith("torch.")
             for name, buffer in part.named_buffers(recurse=False)
             if buffer.is_floating_point()
         }
-        """What steps move besides the parameters, such as running means, by name."""
+
+    def moving(self) -> dict[str, Tensor]:
+        """What steps move, by name: weights, and running means that networks keep of batches."""
+        weights = {name: value.detach() for name, value in self._pair.parameters().items()}
+        return weights | self._buffers
 
     def __enter__(self) -> None:
         for module in self._modules:  # past ``nn.Module.__setattr__``, which takes a microsecond

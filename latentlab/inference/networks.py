@@ -215,17 +215,12 @@ class NetworkClimb:
 
     def state(self) -> State:
         """A copy of everything that moves."""
-        return {name: value.clone() for name, value in self._moving().items()}
+        return {name: value.clone() for name, value in self._mode.moving().items()}
 
     def restore(self, state: State) -> None:
         """Go back to a state, in place."""
-        for name, value in self._moving().items():
+        for name, value in self._mode.moving().items():
             value.copy_(state[name])
-
-    def _moving(self) -> State:
-        """What steps move: weights, and what normalisations keep of the batches they saw."""
-        weights = {name: value.detach() for name, value in self.pair.parameters().items()}
-        return weights | self._mode.buffers
 
     def _stage(self, optimiser: torch.optim.Optimizer, mean: _Mean, num_steps: int) -> State:
         """Steps at one rate, and the average of all that were taken at it."""
@@ -251,10 +246,10 @@ class NetworkClimb:
             self.tick(self.num_steps, -value)
             k += 1
             if (num_steps - k) % _AVERAGE_EVERY == 0:
-                mean.add([*self._moving().values()])
+                mean.add([*self._mode.moving().values()])
         for group, rate in zip(optimiser.param_groups, rates, strict=True):
             group["lr"] = rate
-        return mean.state(self._moving())
+        return mean.state(self._mode.moving())
 
     def _at(self, rate: float) -> tuple[torch.optim.Optimizer, _Mean]:
         parameters = [*self.pair.parameters().values()]

@@ -33,7 +33,6 @@ from latentlab.protocols import ArrangesData, owner_of
 
 __all__ = [
     "as_fitted",
-    "counts_of",
     "datum_plate",
     "draw_labels",
     "is_local",
@@ -157,31 +156,23 @@ def log_density(pair: Pair, draws: Draws, plate: str | None) -> tuple[Tensor, Te
         once.
     """
     found = torch.cat([_log_density(pair, part, plate) for part in chunks(pair, draws)])
-    counts = counts_of(pair, draws, plate)
+    counts = _counts(pair, draws, plate)
     if counts is None or len(counts) != found.shape[1]:
         return found, None
-    return torch.where(
-        counts > 0, found / counts.clamp_min(torch.finfo(counts.dtype).tiny), 0
-    ), counts
+    return torch.where(counts > 0, found / torch.where(counts > 0, counts, 1.0), 0.0), counts
 
 
-def counts_of(pair: Pair, draws: Draws, plate: str | None) -> Tensor | None:
-    """How often the model counts each datum (N,), where all its observed sites agree on that.
-
-    Arguments:
-        pair: as for :func:`log_density`.
-        draws: as for :func:`log_density`.
-        plate: as for :func:`log_density`.
-    """
+def _counts(pair: Pair, draws: Draws, plate: str | None) -> Tensor | None:
+    """How often the model counts each datum (N,), where all its observed sites agree on that."""
     with objectives.Substitute(_single(pair, draws, 0)):
         nodes = poutine.trace(pair.model).get_trace(*pair.data.args, **pair.data.kwargs).nodes
     found = []
     for site in pair.observed:
-        dims = {name: (dim, size) for name, size, dim in pair.plates[site]}
+        dims = {name: dim for name, _, dim in pair.plates[site]}
         scale = nodes[site]["scale"]
         if plate not in dims or not isinstance(scale, Tensor):
             return None
-        dim, _ = dims[plate]
+        dim = dims[plate]
         if scale.dim() < -dim or scale.numel() != scale.shape[dim]:
             return None
         found.append(scale.reshape(-1))

@@ -41,7 +41,7 @@ from latentlab.inference.engine import fit
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.posterior import Posterior
 from latentlab.inference.sandbox import stream
-from latentlab.protocols import CountsObservations, Reconstructs, owner_of
+from latentlab.protocols import CountsObservations, ReadsItsRows, owner_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -227,11 +227,11 @@ def select(
     makers = [lambda value=value: model(**{**arguments, name: value}) for value in values]
     read = as_arguments(data, makers[0]())
     owner = owner_of(makers[0]())
-    if isinstance(owner, Reconstructs) and owner.reads_its_rows:
+    if isinstance(owner, ReadsItsRows) and owner.reads_its_rows:
         raise ValueError(
-            f"model: {type(owner).__name__} draws each row again and has no density of new rows "
-            "to compare; take VariationalAutoencoder or ProbabilisticPCA, or compare errors of "
-            "reconstruct() on rows that were not fitted"
+            f"model: {type(owner).__name__} compares each row with what it makes of that row, and "
+            "has no density of new rows; take a model with latents, or compare its errors on rows "
+            "that were not fitted"
         )
     N, rows_are_data = _count(makers[0](), read, guide)
     if rows_are_data and N < num_folds:
@@ -397,9 +397,8 @@ def _log_density(posterior: Posterior, data: Arguments, num_samples: int) -> tup
     num_samples = max(2, min(num_samples, _ELEMENTS // num_data)) if num_samples > 1 else 1
     with torch.no_grad(), posterior._entered("select", None):
         found, counts = posterior._density(data, num_samples)
-        return found.double(), found.new_ones(
-            found.shape[1]
-        ).double() if counts is None else counts
+        once = torch.ones(found.shape[1], dtype=torch.float64, device=found.device)
+        return found.double(), once if counts is None else counts
 
 
 def _compared(values: Sequence, found: Sequence[_Scores]) -> tuple[Candidate, ...]:

@@ -184,22 +184,18 @@ class Climb:
 
     def state(self) -> State:
         """A copy of everything that moves: parameters, and the frame of a guide of ours."""
-        state = {k: v.detach().clone() for k, v in self.pair.parameters().items()}
-        state |= {k: v.clone() for k, v in self._mode.buffers.items()}
-        if isinstance(self.pair.guide, Guide):
-            state |= {f"frame.{k}": v.clone() for k, v in self.pair.guide.named_buffers()}
-        return state
+        return {name: value.clone() for name, value in self._moving().items()}
 
     def restore(self, state: State) -> None:
         """Go back to a state, in place."""
-        with torch.no_grad():
-            for name, parameter in self.pair.parameters().items():
-                parameter.copy_(state[name])
-            for name, buffer in self._mode.buffers.items():
-                buffer.copy_(state[name])
-            if isinstance(self.pair.guide, Guide):
-                for name, buffer in self.pair.guide.named_buffers():
-                    buffer.copy_(state[f"frame.{name}"])
+        for name, value in self._moving().items():
+            value.copy_(state[name])
+
+    def _moving(self) -> State:
+        frame: State = {}
+        if isinstance(self.pair.guide, Guide):
+            frame = {f"frame.{k}": v.detach() for k, v in self.pair.guide.named_buffers()}
+        return self._mode.moving() | frame
 
     def _stage(self, num_steps: int, rate: float, falling: bool = False) -> bool:
         """Run up to ``num_steps``, end at the average of the later half; was it stationary?
