@@ -20,7 +20,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from latentlab.diagnostics.estimate import Estimate
@@ -133,6 +132,8 @@ def _iterate(x: np.ndarray, centre: np.ndarray, *, fixed: bool = False) -> np.nd
 
 def _match(x: np.ndarray, centre: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """For each draw the permutation (S, K) of least squared distance to the centre (K, F)."""
+    from scipy.optimize import linear_sum_assignment  # imported late, as it takes long
+
     middle, scale = centre.mean(0), np.where(scale > 0, scale, 1.0)
     x, centre = (x - middle) / scale, (centre - middle) / scale
     cost = (centre**2).sum(-1)[:, None] - 2 * centre @ x.swapaxes(1, 2)  # (S, K, K)

@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from scipy.special import boxcox1p, logsumexp, softmax
 from torch import Tensor
 
 from latentlab.diagnostics.estimate import Estimate, to_tensor
@@ -231,6 +230,8 @@ def psis(
         >>> print(psis(torch.full((1000,), -1130.0)))
         k-hat exact: all weights are equal up to rounding
     """
+    from scipy.special import boxcox1p, logsumexp  # imported late, as it takes long
+
     values, eps = _checked(log_weights, num_axes=1)
     S, x = len(values), values - values.max()
     order = np.argsort(x)
@@ -340,6 +341,8 @@ def _fit_pareto(excess: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Arguments:
         excess: over the cutoff, ascending, shape (N, M).
     """
+    from scipy.special import softmax
+
     M = excess.shape[1]
     G = _grid_size(M)
     quartile, largest = excess[:, int(M / 4 + 0.5) - 1, None], excess[:, -1:]
