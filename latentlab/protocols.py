@@ -14,12 +14,14 @@ from torch import Tensor
 __all__ = [
     "Anneals",
     "ArrangesData",
+    "ChecksData",
     "CountsObservations",
     "Describes",
     "DrawsFit",
     "Exchangeable",
     "HasNetworks",
     "HoldsOut",
+    "KnowsColumns",
     "LabelsRows",
     "NamesDims",
     "OffersGuide",
@@ -69,6 +71,18 @@ class ArrangesData(Protocol):
             data: as the user gave them.
             names: the columns that there must be, where the model was fitted to some.
             named: data given by keyword.
+        """
+
+
+@runtime_checkable
+class ChecksData(Protocol):
+    """A model that knows which data it has a density of, new ones as well as those of the fit."""
+
+    def check_data(self, *data: Any) -> None:  # noqa: ANN401
+        """Raise a ``ValueError`` for other data.
+
+        Arguments:
+            data: what the model is called with, as for ``scale_to``.
         """
 
 
@@ -154,6 +168,13 @@ class ToleratesMissing(Protocol):
     @property
     def tolerates_missing(self) -> bool:
         """True where NaN cells are understood."""
+
+
+@runtime_checkable
+class KnowsColumns(Protocol):
+    """A model whose own methods find the columns of a table by name; a fit sets the names."""
+
+    column_names: Sequence[str] | None
 
 
 @runtime_checkable

@@ -15,10 +15,11 @@ import torch
 from latentlab.data.convert import as_table, column_names
 from latentlab.data.table import Table, choose, default_names, listed, shown
 
-__all__ = ["as_count", "as_rows", "as_seed", "match_columns", "warn_constant"]
+__all__ = ["as_count", "as_rows", "as_seed", "expect_spans", "match_columns", "warn_constant"]
 
 # Beyond these, squares and sums of squares overflow.
 _LARGEST = {torch.float64: 1e150, torch.float32: 1e15}
+_NARROWEST = {torch.float64: 1e-290, torch.float32: 1e-30}  # less has not all of its digits
 
 
 def as_rows(
@@ -63,6 +64,8 @@ def as_rows(
         came = f"is empty (shape {(N, D)})" if 0 in (N, D) else f"has {N} row{'s' * (N != 1)}"
         raise ValueError(f"{argument} {came}: expected {need}, shape (N, D); add data")
     _check_values(table, argument, allow_missing=allow_missing, learning=min_rows > 1)
+    if min_rows > 1:
+        expect_spans(table, _NARROWEST[table.x.dtype], argument=argument)
     return table
 
 
@@ -94,6 +97,33 @@ def _check_values(table: Table, argument: str, *, allow_missing: bool, learning:
             column = "" if name == f"x{d}" else f" in column {name!r}"
             raise ValueError(
                 f"{argument} has {int(found.sum())} {what} (first at [{n}, {d}]){column}; {way}"
+            )
+
+
+def expect_spans(table: Table, narrowest: float, *, argument: str = "x") -> None:
+    """Refuse columns that vary, but by too little to be computed with.
+
+    Arguments:
+        table: the rows; NaN cells are left out.
+        narrowest: the least span of a column.
+        argument: what the message calls the table.
+
+    Raises:
+        ValueError: names the column.
+
+    Example:
+        >>> expect_spans(Table(torch.tensor([[0.0], [1e-40]])), 1e-30)
+        Traceback (most recent call last):
+        ValueError: x: column 'x0' spans 1e-40, too little for float32; choose a smaller unit
+    """
+    low = table.x.nan_to_num(nan=torch.inf).amin(0)
+    span = table.x.nan_to_num(nan=-torch.inf).amax(0) - low
+    for name, width in zip(table.names, span.tolist(), strict=True):
+        if 0 < width < narrowest:
+            kind = str(table.x.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{argument}: column {name!r} spans {width:.0e}, too little for {kind}; "
+                "choose a smaller unit"
             )
 
 

@@ -22,7 +22,7 @@ from latentlab.data.checks import as_rows, match_columns
 from latentlab.data.convert import column_names, from_frame
 from latentlab.data.table import Table, default_names, listed, shown
 
-__all__ = ["Sequences", "as_sequences"]
+__all__ = ["Sequences", "as_lengths", "as_sequences"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -154,7 +154,7 @@ def as_sequences(
     table = _table(data, argument, names)
     if lengths is None:
         return _padded([table], argument)
-    counts = _as_lengths(lengths)
+    counts = as_lengths(lengths)
     if int(counts.sum()) != len(table):
         raise ValueError(
             f"lengths: expected whole numbers that sum to the {len(table)} rows of {argument}, "
@@ -189,7 +189,7 @@ def _of_batch(
     """Sequences of a padded batch; what stands beyond their ends is not looked at."""
     x = data if isinstance(data, Tensor) else torch.as_tensor(_numbers(data, argument))
     B, T, D = x.shape
-    counts = torch.full((B,), T) if lengths is None else _as_lengths(lengths)
+    counts = torch.full((B,), T) if lengths is None else as_lengths(lengths)
     if len(counts) != B:
         raise ValueError(f"lengths: expected {B}, one a sequence, got {len(counts)}")
     if int(counts.max()) > T:
@@ -288,8 +288,18 @@ def _padded(tables: list[Table], argument: str) -> Sequences:
     return Sequences(x, lengths, first.names)
 
 
-def _as_lengths(lengths: Any) -> Tensor:  # noqa: ANN401
-    """Whole numbers from 1 on, shape (B,)."""
+def as_lengths(lengths: Any) -> Tensor:  # noqa: ANN401
+    """Lengths of sequences: whole numbers from 1 on.
+
+    Arguments:
+        lengths: a list, array or tensor of them, shape (B,).
+
+    Returns:
+        The lengths as an int64 tensor, shape (B,).
+
+    Raises:
+        ValueError: for other numbers, or another shape.
+    """
     values = lengths.numpy(force=True) if isinstance(lengths, Tensor) else np.asarray(lengths)
     if values.ndim != 1 or not values.size or values.dtype.kind not in "iu":
         raise ValueError(

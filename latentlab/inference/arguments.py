@@ -13,11 +13,18 @@ from torch import Tensor
 
 from latentlab.data.checks import as_rows
 from latentlab.data.convert import as_table
+from latentlab.data.sequences import Sequences
 from latentlab.data.table import Table
 from latentlab.inference.pair import Arguments, modules_of
-from latentlab.protocols import ArrangesData, ScalesToData, ToleratesMissing, owner_of
+from latentlab.protocols import (
+    ArrangesData,
+    KnowsColumns,
+    ScalesToData,
+    ToleratesMissing,
+    owner_of,
+)
 
-__all__ = ["as_arguments"]
+__all__ = ["as_arguments", "cast", "tell_columns", "with_names"]
 
 _COARSE = (torch.float16, torch.bfloat16)
 
@@ -77,10 +84,44 @@ def as_arguments(
         return Arguments(kwargs=kwargs, names=_names_of([*data.values()]))
     data = as_table(data, argument="x") if _is_frame(data) else data
     value = reader.read(data, "x")
+    if isinstance(owner, ScalesToData) and isinstance(value, list):
+        value = _stacked(value)
     if isinstance(owner, ScalesToData) and isinstance(value, Tensor):
         # A model that measures its columns takes them for real numbers, whatever they came in.
         value = value if value.is_floating_point() else value.to(reader.dtype or torch.float64)
     return Arguments((value,), names=data.names if isinstance(data, Table) else None)
+
+
+def tell_columns(model: Callable, names: Sequence[str] | None) -> None:
+    """Tell a model that wants to know what the columns of its data are called."""
+    owner = owner_of(model)
+    if isinstance(owner, KnowsColumns):
+        owner.column_names = names
+
+
+def with_names(arguments: Arguments) -> tuple[list, dict[str, Any]]:
+    """The arguments, the first of them a table, or sequences, where its columns have names."""
+    args, kwargs = [*arguments.args], dict(arguments.kwargs)
+    if arguments.names and args and args[0].dim() == 2:
+        args[0] = Table(args[0], arguments.names)
+    elif arguments.names and len(args) == 2 and args[0].dim() == 3:
+        args = [Sequences(args[0], args[1], arguments.names)]
+    elif arguments.names and not args:
+        first = next(iter(kwargs))
+        kwargs[first] = Table(kwargs[first], arguments.names)
+    return args, kwargs
+
+
+def cast(value: Tensor, dtype: torch.dtype, argument: str = "x") -> Tensor:
+    """Numbers in another type, which must be able to hold them."""
+    found = value.to(dtype)
+    if found.dtype != value.dtype and bool((found.isinf() & ~value.isinf()).any()):
+        kind = str(dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{argument}: expected numbers that {kind} can hold, got "
+            f"{float(value.abs().max()):g}; choose a larger unit"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -108,7 +149,7 @@ class _Reader:
             return self._tensor(value, argument)
         if isinstance(value, Table) or _is_frame(value):
             table = as_table(value, argument=argument)
-            return self._tensor(table.x.to(self.dtype or table.x.dtype), argument, table.names)
+            return self._tensor(table.x, argument, table.names, self.dtype)
         if type(value).__module__.startswith("scipy.sparse"):
             as_rows(value, argument=argument)  # raises with the way out
         if _is_array(value):
@@ -135,11 +176,15 @@ class _Reader:
         elif values.dtype.kind not in "biuf":
             as_rows(values, argument=argument)  # raises with the way out
         tensor = torch.from_numpy(np.array(values, dtype=_torch_dtype(values.dtype), order="C"))
-        if tensor.is_floating_point() and tensor.dtype not in _COARSE:
-            tensor = tensor.to(self.dtype or tensor.dtype)
-        return self._tensor(tensor, argument)
+        return self._tensor(tensor, argument, dtype=self.dtype)
 
-    def _tensor(self, value: Tensor, argument: str, names: Sequence[str] = ()) -> Tensor:
+    def _tensor(
+        self,
+        value: Tensor,
+        argument: str,
+        names: Sequence[str] = (),
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
         """A copy without a gradient, after a look at it."""
         if value.layout != torch.strided or value.is_nested or value.is_complex():
             as_rows(value, argument=argument)  # raises with the way out
@@ -153,6 +198,8 @@ class _Reader:
             )
             value = value.to(dtype)
         self._check_finite(value, argument, names)
+        if dtype is not None and value.is_floating_point():
+            value = cast(value, dtype, argument)
         return value.detach().clone()
 
     def _check_finite(self, value: Tensor, argument: str, names: Sequence[str]) -> None:
@@ -171,6 +218,17 @@ class _Reader:
                 column = f" in column {names[first[1]]!r}" if names else ""
                 count = f"{argument} has {int(found.sum())} {what} (first at {first}){column}"
                 raise ValueError(f"{count}; {way}")
+
+
+def _stacked(rows: list) -> Tensor:
+    """A list of arrays of one shape, as of images, for a model that takes rows."""
+    shapes = {tuple(row.shape) for row in rows if isinstance(row, Tensor)}
+    if len(shapes) == 1 and all(isinstance(row, Tensor) for row in rows):
+        return torch.stack(rows)
+    raise ValueError(
+        f"x: expected rows of one shape, got a list of {', '.join(map(str, sorted(shapes)))}; "
+        "sequences of several lengths need a model of sequences"
+    )
 
 
 def _names_of(values: Sequence[Any]) -> tuple[str, ...] | None:

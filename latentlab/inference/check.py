@@ -21,8 +21,6 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_factor
 from torch import Tensor, nn
 
-from latentlab.data.sequences import Sequences
-from latentlab.data.table import Table
 from latentlab.guides import (
     Amortised,
     Flow,
@@ -35,7 +33,7 @@ from latentlab.guides import (
 )
 from latentlab.inference import faults as find
 from latentlab.inference import objectives
-from latentlab.inference.arguments import as_arguments
+from latentlab.inference.arguments import as_arguments, tell_columns, with_names
 from latentlab.inference.batches import chosen, follows_rows, num_rows, take
 from latentlab.inference.copying import copy_pair
 from latentlab.inference.faults import Fault
@@ -146,6 +144,7 @@ def prepare(
     evaluation_mode(model, guide_function)
     arguments = as_arguments(data, model)
     owner = owner_of(model)
+    tell_columns(model, arguments.names)
     if isinstance(owner, ScalesToData):
         if not (arguments.args or arguments.kwargs):
             name = type(owner).__name__
@@ -167,7 +166,7 @@ def _scale(owner: ScalesToData, data: Arguments, whole: Arguments | None) -> Non
     """Take units from the data; warnings and refusals are of the rows as they were given."""
     parts = [data] if whole is None else [whole, data]
     for k, part in enumerate(parts):
-        args, kwargs = _with_names(part)  # for its warnings
+        args, kwargs = with_names(part)  # for its warnings
         with warnings.catch_warnings():
             if k:
                 warnings.simplefilter("ignore")
@@ -247,19 +246,6 @@ def _widen(pair: Pair, count: int, total: int) -> None:
     )
     pair.plates = {site: wider(plates) for site, plates in pair.plates.items()}
     pair.shapes = {site: at_all(shape) for site, shape in pair.shapes.items()}
-
-
-def _with_names(arguments: Arguments) -> tuple[list, dict[str, Any]]:
-    """The arguments, the first of them a table, or sequences, where its columns have names."""
-    args, kwargs = [*arguments.args], dict(arguments.kwargs)
-    if arguments.names and args and args[0].dim() == 2:
-        args[0] = Table(args[0], arguments.names)
-    elif arguments.names and len(args) == 2 and args[0].dim() == 3:
-        args[0] = Sequences(args[0], args[1], arguments.names)
-    elif arguments.names and not args:
-        first = next(iter(kwargs))
-        kwargs[first] = Table(kwargs[first], arguments.names)
-    return args, kwargs
 
 
 def _look(pair: Pair, wants_guide: bool) -> list[Fault]:

@@ -26,10 +26,12 @@ from torch import Tensor, nn
 from latentlab.diagnostics import Estimate
 from latentlab.guides import Amortised, Guide, Latent, guide_from_spec
 from latentlab.inference import objectives
+from latentlab.inference.arguments import tell_columns
 from latentlab.inference.batches import num_rows, parted
 from latentlab.inference.held_out import HeldOut
 from latentlab.inference.modes import evaluation_mode
 from latentlab.inference.pair import Arguments, Pair, copy_pair, latent_of, modules_of
+from latentlab.inference.placeholders import described, placeholder
 from latentlab.inference.predictive import as_fitted
 from latentlab.inference.restarts import Restarts
 from latentlab.protocols import OffersGuide, Rebuildable, owner_of
@@ -98,7 +100,8 @@ def restore(
     model = _model(file, facts, model, build)
     model, guide = copy_pair(model, _guide(file, facts, model, guide, dtype))
     evaluation_mode(model, guide)
-    pair = Pair(model, guide, _placeholder(facts), dtype, **_sites(facts))
+    tell_columns(model, facts["names"])
+    pair = Pair(model, guide, placeholder(facts), dtype, **_sites(facts))
     has_data = data is not None or not (pair.data.args or pair.data.kwargs)
     if data is not None:
         pair.data = _without_kept(as_fitted(data, pair), pair.data, facts)
@@ -220,8 +223,8 @@ def _facts(posterior: Posterior) -> dict[str, Any]:
         "model_brings_guide": _brings_guide(pair),
         "dtype": str(pair.dtype).removeprefix("torch."),
         "names": pair.data.names,
-        "args": [_describe(value) for value in pair.data.args],
-        "kwargs": {name: _describe(value) for name, value in pair.data.kwargs.items()},
+        "args": [described(value) for value in pair.data.args],
+        "kwargs": {name: described(value) for name, value in pair.data.kwargs.items()},
         "constraints": {k: support_spec(v) for k, v in pair.store["constraints"].items()},
         "latents": [latent.spec() for latent in pair.latents],
         "summed_out": pair.summed_out,
@@ -409,32 +412,6 @@ def _expect_supports(file: Path, pair: Pair, trace: poutine.Trace) -> None:
 
 def _kind(spec: Mapping[str, Any]) -> str:
     return _kind(spec["base"]) if "base" in spec else spec["name"]
-
-
-def _describe(value: Any) -> Any:  # noqa: ANN401
-    """An argument as JSON values: of a tensor its shape and type, not its values."""
-    if isinstance(value, Tensor):
-        return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-    if isinstance(value, list | tuple):
-        return {type(value).__name__: [_describe(item) for item in value]}
-    return {"value": value if isinstance(value, int | float | str | bool) else None}
-
-
-def _placeholder(facts: Mapping[str, Any]) -> Arguments:
-    """Data of the stored shapes without their values."""
-
-    def make(described: Mapping[str, Any]) -> Any:  # noqa: ANN401
-        if "shape" in described:
-            return torch.zeros(described["shape"], dtype=getattr(torch, described["dtype"]))
-        if "list" in described:
-            return [make(item) for item in described["list"]]
-        if "tuple" in described:
-            return tuple(make(item) for item in described["tuple"])
-        return described["value"]
-
-    names = tuple(facts["names"]) if facts["names"] else None
-    kwargs = {name: make(value) for name, value in facts["kwargs"].items()}
-    return Arguments(tuple(map(make, facts["args"])), kwargs, names)
 
 
 def _reads_data(pair: Pair) -> bool:

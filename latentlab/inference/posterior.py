@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from latentlab.data.checks import as_count, as_seed
-from latentlab.diagnostics import Alignment, Estimate, align, log_mean_exp
+from latentlab.diagnostics import Alignment, Estimate, align
 from latentlab.guides import Draws, Guide
 from latentlab.inference import objectives, predictive
 from latentlab.inference.batches import follows_rows
@@ -225,8 +225,7 @@ class Posterior:
         num_samples = as_count(num_samples, "num_samples", minimum=2)
         arguments = self._arguments(data, "log_prob")
         with torch.no_grad(), self._entered("log_prob", seed):
-            found, counts = self._density(arguments, num_samples)
-            return log_mean_exp(found, counts=counts)
+            return predictive.mean_density(*self._density(arguments, num_samples))
 
     def summary(self, num_samples: int | None = None, seed: int | None = None) -> pd.DataFrame:
         """Mean, sd and quantiles of every continuous latent, in the units of the data.
@@ -392,7 +391,8 @@ class Posterior:
         if not data:
             self._need_data(what)
             return self.pair.data
-        return predictive.as_fitted(data[0] if len(data) == 1 else data, self.pair)
+        check = what == "log_prob"  # of data to predict the observed values do not count
+        return predictive.as_fitted(data[0] if len(data) == 1 else data, self.pair, check=check)
 
     def _is_own(self, arguments: Arguments) -> bool:
         """Whether these are the data that were fitted."""

@@ -13,7 +13,7 @@ Letters: S draws, N data.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -24,12 +24,14 @@ from pyro.infer import infer_discrete
 from torch import Tensor
 
 from latentlab.data.checks import match_columns
+from latentlab.data.convert import column_names
+from latentlab.diagnostics import Estimate, log_mean_exp
 from latentlab.guides import Draws
 from latentlab.inference import objectives
-from latentlab.inference.arguments import as_arguments
+from latentlab.inference.arguments import as_arguments, cast, with_names
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.stages import chunks
-from latentlab.protocols import ArrangesData, owner_of
+from latentlab.protocols import ArrangesData, ChecksData, owner_of
 
 __all__ = [
     "as_fitted",
@@ -37,27 +39,46 @@ __all__ = [
     "draw_labels",
     "is_local",
     "log_density",
+    "mean_density",
     "replicate",
     "shared",
 ]
 
 
-def as_fitted(data: Any, pair: Pair) -> Arguments:  # noqa: ANN401
+def as_fitted(data: Any, pair: Pair, *, check: bool = False) -> Arguments:  # noqa: ANN401
     """Data in the form that the pair was fitted to: columns by name, numbers of its dtype.
 
     Arguments:
         data: as for :func:`latentlab.fit`.
         pair: the pair.
+        check: whether to ask the model if it has a density of them.
 
     Raises:
-        ValueError: for missing or extra columns, which the message lists.
+        ValueError: for missing or extra columns, which the message lists, and for data that the
+            model refuses.
     """
-    names = pair.data.names
-    arranged = isinstance(owner_of(pair.model), ArrangesData)
-    if names and not arranged and not isinstance(data, Arguments | Mapping | tuple | None):
-        data = match_columns(data, names)
+    names, owner = pair.data.names, owner_of(pair.model)
+    if names and not isinstance(owner, ArrangesData):
+        data = _matched(data, names)
     arguments = as_arguments(data, pair.model, names)
-    return arguments.map(lambda t: t.to(pair.dtype) if t.is_floating_point() else t)
+    if check and isinstance(owner, ChecksData) and arguments.tensors():
+        args, kwargs = with_names(arguments)
+        owner.check_data(*args, **kwargs)
+    return arguments.map(lambda t: cast(t, pair.dtype) if t.is_floating_point() else t)
+
+
+def _matched(data: Any, names: Sequence[str]) -> Any:  # noqa: ANN401
+    """Data whose first argument has these columns; what is no table of them is for others."""
+    if data is None or isinstance(data, Arguments):
+        return data
+    if isinstance(data, tuple):
+        return (_matched(data[0], names), *data[1:]) if data else data
+    if isinstance(data, Mapping):
+        first = next(iter(data.values()), None)
+        if column_names(first) is None:  # as of ``{"size": 5}``
+            return data
+        return {**data, next(iter(data)): match_columns(first, names)}
+    return match_columns(data, names)
 
 
 def datum_plate(pair: Pair) -> str | None:
@@ -160,6 +181,17 @@ def log_density(pair: Pair, draws: Draws, plate: str | None) -> tuple[Tensor, Te
     if counts is None or len(counts) != found.shape[1]:
         return found, None
     return torch.where(counts > 0, found / torch.where(counts > 0, counts, 1.0), 0.0), counts
+
+
+def mean_density(found: Tensor, counts: Tensor | None = None) -> Estimate:
+    """Log predictive density of all data, from :func:`log_density`; each of them must have one."""
+    if bool((lost := found.isnan().any(0)).any()):
+        n = int(lost.nonzero()[0])
+        raise ValueError(
+            f"log_prob: the log-density of datum {n} is nan: its numbers are too far from those "
+            "of the fit to be computed with; look at it, and at its units"
+        )
+    return log_mean_exp(found, counts=counts)
 
 
 def _counts(pair: Pair, draws: Draws, plate: str | None) -> Tensor | None:

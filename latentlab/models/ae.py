@@ -25,13 +25,13 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from latentlab.data.checks import as_count, as_rows, warn_constant
-from latentlab.data.images import as_images
+from latentlab.data.checks import as_count, warn_constant
 from latentlab.data.table import Table
 from latentlab.distributions import Bernoulli, Gaussian, Likelihood
 from latentlab.distributions.cells import may_miss
 from latentlab.models import vae_nets as nets
 from latentlab.models.gmm_units import mean_and_sd, warn_far
+from latentlab.models.over_rows import OverRows
 from latentlab.models.vae_parts import read
 from latentlab.models.vae_pictures import PLOTTED, Coded, plot_autoencoder
 from latentlab.plates import rows
@@ -42,7 +42,7 @@ _LOSSES: dict[str, type[Gaussian] | type[Bernoulli]] = {"mse": Gaussian, "bce": 
 _CHUNK = 2**23  # numbers of (B, D) held at a time
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(OverRows):
     r"""An autoencoder as a model without latents; it needs no guide.
 
     Site: the observed ``x``, (N, D) or (N, C, H, W). Cells that are NaN are missing: they are left
@@ -68,8 +68,6 @@ class Autoencoder(nn.Module):
         >>> ae.encode(x).shape, ae.reconstruct(x).shape
         (torch.Size([100, 1]), torch.Size([100, 2]))
     """
-
-    tolerates_missing = True
 
     def __init__(
         self,
@@ -113,8 +111,7 @@ class Autoencoder(nn.Module):
                 "x: expected rows, got none; an autoencoder has no distribution of codes to draw "
                 "from: latentlab.fit_codes(posterior) fits one, or take a VariationalAutoencoder"
             )
-        if tuple(x.shape[1:]) != self.event_shape:
-            raise self._other_shape(x)
+        self._expect_shape(x)
         pyro.module("ae.encoder", self.encoder)
         pyro.module("ae.decoder", self.decoder)
         pyro.module("ae.likelihood", self.likelihood)
@@ -143,7 +140,7 @@ class Autoencoder(nn.Module):
         cells = self._rows(x, min_rows=2)
         # A constant column does no harm: all cells have one unit. Rows that are all equal do.
         if len(self.event_shape) == 1:
-            table = as_rows(x, allow_missing=True)
+            table = self._table(x, min_rows=2)
             if bool((cells == cells[:1]).all()):
                 warn_constant(table)
             if self.loss == "mse":
@@ -237,17 +234,6 @@ class Autoencoder(nn.Module):
         return flat.reshape(*z.shape[:-1], *flat.shape[1:])
 
     def _rows(self, x: Tensor | Table, min_rows: int) -> Tensor:
-        if len(self.event_shape) == 1:
-            cells = as_rows(x, min_rows=min_rows, allow_missing=True).x
-            if tuple(cells.shape[1:]) != self.event_shape:
-                raise self._other_shape(cells)
-        else:
-            cells = as_images(x, self.event_shape, min_rows=min_rows)
+        cells = super()._rows(x, min_rows)
         self.likelihood.check(cells)
         return cells
-
-    def _other_shape(self, x: Tensor) -> ValueError:
-        sizes = ", ".join(map(str, self.event_shape))
-        return ValueError(
-            f"x: expected shape (N, {sizes}) to match the decoder, got {tuple(x.shape)}"
-        )

@@ -26,14 +26,15 @@ import pyro
 import torch
 from pyro.distributions import TransformedDistribution
 from pyro.distributions.transforms import AffineTransform
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentlab import flows
-from latentlab.data.checks import as_count, as_rows, as_seed, warn_constant
+from latentlab.data.checks import as_count, as_seed, warn_constant
 from latentlab.data.table import Table
 from latentlab.flows import FlowDistribution
 from latentlab.flows.kinds import Kind
 from latentlab.models.gmm_units import mean_and_sd, warn_far
+from latentlab.models.over_rows import OverRows
 from latentlab.plates import rows
 
 __all__ = ["FlowDensity"]
@@ -42,7 +43,7 @@ _FLOOR = 1e-6  # of a column's width, in its largest absolute value
 _PLOTTED = 2_000  # rows or draws
 
 
-class FlowDensity(nn.Module):
+class FlowDensity(OverRows):
     r"""A density estimate of a table, as a model without latents; it needs no guide.
 
     Site: the observed ``x``, shape (N, D), without missing cells. With many rows fit it with
@@ -72,6 +73,8 @@ class FlowDensity(nn.Module):
         torch.Size([3, 2])
     """
 
+    tolerates_missing = False
+
     loc: Tensor
     scale: Tensor
 
@@ -95,6 +98,7 @@ class FlowDensity(nn.Module):
                 f"held_out: expected a share in [0, 1), such as 0.1, got {held_out!r}"
             )
         self.num_features, self.kind, self.held_out = D, kind, float(held_out)
+        self.event_shape = (D,)
         self.settings = {
             "hidden_dims": None if hidden_dims is None else list(hidden_dims),
             "num_transforms": num_transforms,
@@ -195,12 +199,3 @@ class FlowDensity(nn.Module):
             "class": "FlowDensity",
             "arguments": {**arguments, "held_out": self.held_out},
         }
-
-    def _table(self, x: Tensor | Table, min_rows: int) -> Table:
-        table = as_rows(x, min_rows=min_rows)
-        if table.x.shape[1] != self.num_features:
-            raise ValueError(
-                f"x: expected shape (N, {self.num_features}) to match num_features="
-                f"{self.num_features}, got {tuple(table.x.shape)}"
-            )
-        return table

@@ -39,7 +39,7 @@ import pyro
 import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from latentlab.data.checks import as_count, as_rows, warn_constant
 from latentlab.data.table import Table
@@ -52,6 +52,7 @@ from latentlab.models.gmm_remarks import remarks_on_components
 from latentlab.models.gmm_rows import counted
 from latentlab.models.gmm_starts import Covariance, find_start
 from latentlab.models.gmm_units import as_counts, check_one_a_row, mean_and_sd, warn_far
+from latentlab.models.over_rows import OverRows
 from latentlab.plates import rows
 
 __all__ = ["GaussianMixture"]
@@ -67,7 +68,7 @@ _CHOICES = {
 }
 
 
-class GaussianMixture(nn.Module):
+class GaussianMixture(OverRows):
     r"""Mixture of K Gaussians over rows of D numbers.
 
     Sites: ``weights`` (K,), ``locs`` (K, D), ``scales`` and, with correlations, ``correlations``,
@@ -109,7 +110,6 @@ class GaussianMixture(nn.Module):
     center: Tensor
     spread: Tensor
     num_rows: Tensor
-    tolerates_missing = True
 
     def __init__(
         self,
@@ -123,6 +123,7 @@ class GaussianMixture(nn.Module):
     ) -> None:
         super().__init__()
         self.num_features = as_count(num_features, "num_features")
+        self.event_shape = (self.num_features,)
         self.num_components = as_count(num_components, "num_components")
         if not isinstance(concentration, int | float) or not 0 < concentration < math.inf:
             raise ValueError(f"concentration: expected a number > 0, got {concentration!r}")
@@ -166,8 +167,8 @@ class GaussianMixture(nn.Module):
             weights: how often each row counts, shape (N,); a weight of 2 is the row twice.
             size: the number of rows that x stands for.
         """
-        if x is not None and x.shape[-1] != self.num_features:
-            raise self._other_width(x)
+        if x is not None:
+            self._expect_shape(x)
         if x is not None and weights is not None:
             check_one_a_row(weights, len(x))
         latents = self._draw_latents()
@@ -261,6 +262,12 @@ class GaussianMixture(nn.Module):
         self.num_rows = torch.tensor(total if size is None else float(size), dtype=torch.float64)
         self.assume_missing = bool(table.missing.any())  # a blank row is one, too
         return self
+
+    def check_data(  # type: ignore[override]
+        self, x: Tensor | Table, weights: Tensor | None = None, size: int | None = None
+    ) -> None:
+        """Refuse rows and weights that the model has no density of; as for ``scale_to``."""
+        self._counted_table(x, weights, min_rows=1)
 
     def starting_values(
         self,
@@ -456,30 +463,18 @@ class GaussianMixture(nn.Module):
                     latents["correlations"] = pyro.sample("correlations", prior)
         return latents
 
-    def _table(self, x: Tensor | Table, min_rows: int) -> Table:
-        table = as_rows(x, min_rows=min_rows, allow_missing=True)
-        if table.x.shape[1] != self.num_features:
-            raise self._other_width(table.x)
-        return table
-
     def _counted_table(
-        self, x: Tensor | Table, weights: Tensor | None
+        self, x: Tensor | Table, weights: Tensor | None, min_rows: int = 2
     ) -> tuple[Table, Tensor | None]:
         """The rows, those of weight zero blank, and how often each counts."""
-        table = self._table(x, min_rows=2)
+        table = self._table(x, min_rows)
         if weights is None:
             return table, None
         counts = as_counts(weights, len(table)).to(table.x.device)
         if (counts > 0).all():
             return table, counts
         blank = torch.where(counts[:, None] > 0, table.x, torch.nan)
-        return as_rows(Table(blank, table.names), min_rows=2, allow_missing=True), counts
-
-    def _other_width(self, x: Tensor) -> ValueError:
-        return ValueError(
-            f"x: expected shape (N, {self.num_features}) to match "
-            f"num_features={self.num_features}, got {tuple(x.shape)}"
-        )
+        return as_rows(Table(blank, table.names), min_rows=min_rows, allow_missing=True), counts
 
     def _average(
         self,

@@ -29,7 +29,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from latentlab.data.checks import as_count, as_rows, warn_constant
-from latentlab.data.sequences import Sequences, as_sequences
+from latentlab.data.sequences import Sequences, as_lengths, as_sequences
 from latentlab.data.table import default_names
 from latentlab.distributions import hmm
 from latentlab.distributions.completion import Completed
@@ -99,6 +99,7 @@ class HiddenMarkovModel(nn.Module):
 
     num_steps: Tensor
     like: Tensor
+    column_names: Sequence[str] | None = None  # a fit says them
     tolerates_missing = True
 
     def __init__(
@@ -184,7 +185,7 @@ class HiddenMarkovModel(nn.Module):
         """Sequences of any form as the arguments of the model; see ``latentlab.data``."""
         kwargs: dict[str, Any] = {} if size is None else {"size": size}
         if x is None:
-            return (), kwargs | ({} if lengths is None else {"lengths": lengths}), None
+            return (), kwargs | ({} if lengths is None else {"lengths": as_lengths(lengths)}), None
         found = as_sequences(x, lengths, names=names)
         self._check_width(found.x)
         x = found.x.double()
@@ -436,11 +437,9 @@ class HiddenMarkovModel(nn.Module):
         return latents
 
     def _sequences(self, x: Any, lengths: Any = None) -> Sequences:  # noqa: ANN401
-        if isinstance(x, Sequences) and x.x.dtype == torch.float64:
-            return x
         if x is None:
             raise TypeError("x: expected sequences, got None")
-        (x, lengths), _, names = self.arrange(x, lengths)
+        (x, lengths), _, names = self.arrange(x, lengths, names=self.column_names)
         return Sequences(x, lengths, names or ())
 
     def _check_width(self, x: Tensor) -> None:

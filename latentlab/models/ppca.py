@@ -37,16 +37,17 @@ import pyro
 import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import AffineTransform
 
-from latentlab.data.checks import as_count, as_rows, warn_constant
+from latentlab.data.checks import as_count, warn_constant
 from latentlab.data.table import Table
 from latentlab.distributions.chi import Chi
 from latentlab.distributions.completion import Completed
 from latentlab.distributions.low_rank import LowRankNormal
 from latentlab.guides import FullRank, Guide, MeanField, Point
 from latentlab.models.gmm_units import mean_and_sd, warn_far
+from latentlab.models.over_rows import OverRows
 from latentlab.models.ppca_optimum import find_optimum
 from latentlab.models.ppca_parts import (
     FLOOR,
@@ -67,7 +68,7 @@ _CHUNK = 2**22  # numbers of (S, N, D) held at a time
 _FULL = 400  # numbers that a full-rank guide is for
 
 
-class _Linear(nn.Module):
+class _Linear(OverRows):
     """What both models share; they differ in their noise."""
 
     center: Tensor
@@ -77,7 +78,6 @@ class _Linear(nn.Module):
     num_rows: Tensor
     pattern: Tensor
     row_of: Tensor
-    tolerates_missing = True
     shared = True
 
     def __init__(
@@ -85,6 +85,7 @@ class _Linear(nn.Module):
     ) -> None:
         super().__init__()
         D = self.num_features = as_count(num_features, "num_features")
+        self.event_shape = (D,)
         L = self.latent_dim = as_count(latent_dim, "latent_dim")
         if L >= D:
             raise ValueError(
@@ -117,8 +118,8 @@ class _Linear(nn.Module):
             x: rows, shape (N, D), NaN where a cell is missing.
             size: the number of rows that x stands for.
         """
-        if x is not None and x.shape[-1] != self.num_features:
-            raise self._other_width(x)
+        if x is not None:
+            self._expect_shape(x)
         latents = self._draw_latents()
         with rows(x, size):
             return pyro.sample("x", self.likelihood(*latents), obs=x)
@@ -414,18 +415,6 @@ class _Linear(nn.Module):
         for start in range(0, len(draws["loc"]), step):
             some = slice(start, start + step)
             yield some, {site: draws[site][some] for site in self._sites}
-
-    def _table(self, x: Tensor | Table, min_rows: int) -> Table:
-        table = as_rows(x, min_rows=min_rows, allow_missing=True)
-        if table.x.shape[1] != self.num_features:
-            raise self._other_width(table.x)
-        return table
-
-    def _other_width(self, x: Tensor) -> ValueError:
-        return ValueError(
-            f"x: expected shape (N, {self.num_features}) to match "
-            f"num_features={self.num_features}, got {tuple(x.shape)}"
-        )
 
 
 class ProbabilisticPCA(_Linear):

@@ -34,13 +34,13 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from latentlab.data.checks import as_count, as_rows, as_seed
-from latentlab.data.images import as_images
+from latentlab.data.checks import as_count, as_seed
 from latentlab.data.table import Table
 from latentlab.diagnostics import Collapse, RowEvidence, collapse, row_evidence
 from latentlab.distributions import Likelihood, likelihood_of
 from latentlab.distributions.cells import may_miss
 from latentlab.models import vae_nets as nets
+from latentlab.models.over_rows import OverRows
 from latentlab.models.vae_parts import (
     FlowPosterior,
     Imputation,
@@ -60,7 +60,7 @@ _FEW_DRAWS = 200  # behind a figure of each row in a table
 _REMARK_ROWS = 2_000  # looked at for collapse
 
 
-class VariationalAutoencoder(nn.Module):
+class VariationalAutoencoder(OverRows):
     r"""A variational autoencoder as a pair: the module is the model, its ``guide`` the guide.
 
     Sites: the local latent ``z`` (N, L) and the observed ``x``, (N, D) or (N, C, H, W). Fit it
@@ -99,8 +99,6 @@ class VariationalAutoencoder(nn.Module):
         torch.Size([3, 1])
         >>> pyro.clear_param_store()                             # a draw by hand leaves its mark
     """
-
-    tolerates_missing = True
 
     def __init__(
         self,
@@ -158,8 +156,8 @@ class VariationalAutoencoder(nn.Module):
 
     def forward(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
         """The model: all rows (``x``), a mini-batch (``x``, ``size``) or a draw (``size``)."""
-        if x is not None and tuple(x.shape[1:]) != self.event_shape:
-            raise self._other_shape(x)
+        if x is not None:
+            self._expect_shape(x)
         pyro.module("vae.prior", self.prior)
         pyro.module("vae.decoder", self.decoder)
         pyro.module("vae.likelihood", self.likelihood)
@@ -175,8 +173,7 @@ class VariationalAutoencoder(nn.Module):
         """The guide: the encodings of all rows, or of a mini-batch."""
         if x is None:
             raise ValueError("x: expected rows to encode, got none; for prior draws run the model")
-        if tuple(x.shape[1:]) != self.event_shape:
-            raise self._other_shape(x)
+        self._expect_shape(x)
         pyro.module("vae.encoder", self.encoder)
         if self.flow is not None:
             pyro.module("vae.flow", self.flow)
@@ -204,11 +201,9 @@ class VariationalAutoencoder(nn.Module):
         Raises:
             ValueError: if x has another shape, or cells that the likelihood cannot give.
         """
-        table = self._table(x, min_rows=2)
-        cells = table.x if isinstance(table, Table) else table
-        self.likelihood.check(cells)
-        if isinstance(table, Table):
-            warn_of_columns(table, self.likelihood)
+        cells = self._rows(x, min_rows=2)
+        if len(self.event_shape) == 1:
+            warn_of_columns(self._table(x, min_rows=2), self.likelihood)
         with torch.no_grad():
             self.likelihood.measure(cells)
         return self
@@ -435,29 +430,13 @@ class VariationalAutoencoder(nn.Module):
     def _chunks(self, x: Tensor, num_samples: int) -> tuple[Tensor, ...]:
         return x.split(max(1, _CHUNK // (num_samples * math.prod(self.event_shape))))
 
-    def _rows(self, x: Tensor | Table) -> Tensor:
-        """Rows to be encoded, checked."""
-        table = self._table(x, min_rows=1)
-        cells = table.x if isinstance(table, Table) else table
+    def _rows(self, x: Tensor | Table, min_rows: int = 1) -> Tensor:
+        cells = super()._rows(x, min_rows)
         self.likelihood.check(cells)
         return cells
 
-    def _table(self, x: Tensor | Table, min_rows: int) -> Table | Tensor:
-        if len(self.event_shape) == 1:
-            table = as_rows(x, min_rows=min_rows, allow_missing=True)
-            if tuple(table.x.shape[1:]) != self.event_shape:
-                raise self._other_shape(table.x)
-            return table
-        return as_images(x, self.event_shape, min_rows=min_rows)
-
     def _num_features(self) -> int | list[int]:
         return self.event_shape[0] if len(self.event_shape) == 1 else list(self.event_shape)
-
-    def _other_shape(self, x: Tensor) -> ValueError:
-        sizes = ", ".join(map(str, self.event_shape))
-        return ValueError(
-            f"x: expected shape (N, {sizes}) to match the decoder, got {tuple(x.shape)}"
-        )
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import validate_data
 from torch import Tensor
 
-from latentlab.data.checks import as_rows, as_seed
+from latentlab.data.checks import as_rows, as_seed, expect_spans
 from latentlab.data.convert import as_table, column_names
 from latentlab.data.table import Table
 
@@ -55,19 +55,5 @@ def seed_of(random_state: Any) -> int:  # noqa: ANN401
 
 
 def check_variances(table: Table) -> None:
-    """Refuse columns that vary, but too little for float64 to hold their variance.
-
-    Arguments:
-        table: the rows; NaN cells are left out.
-
-    Raises:
-        ValueError: names the column.
-    """
-    low = table.x.nan_to_num(nan=torch.inf).amin(0)
-    reach = table.x.nan_to_num(nan=-torch.inf).amax(0) - low
-    for name, width in zip(table.names, reach.tolist(), strict=True):
-        if 0 < width < _NARROWEST:
-            raise ValueError(
-                f"X: expected columns whose variance float64 can hold, but {name!r} spans "
-                f"{width:.0e}; choose a smaller unit"
-            )
+    """Refuse columns that vary, but too little for float64 to hold their variance."""
+    expect_spans(table, _NARROWEST, argument="X")

@@ -24,7 +24,7 @@ from latentlab.data.checks import as_count
 from latentlab.data.table import Table
 from latentlab.inference.engine import fit
 from latentlab.inference.posterior import Posterior
-from latentlab.sklearn.rows import read_rows, seed_of
+from latentlab.sklearn.rows import check_variances, read_rows, seed_of
 
 if TYPE_CHECKING:
     from latentlab.inference.verdict import Verdict
@@ -239,6 +239,7 @@ class PPCA(_Transformer):
                 f"n_components: expected fewer than columns, got {L} for {D} feature(s), "
                 "shape (N, D) of X; noise needs a dimension of its own"
             )
+        check_variances(table)
         return fit(
             models.ProbabilisticPCA(D, L),
             table,

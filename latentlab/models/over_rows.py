@@ -1,0 +1,60 @@
+"""What the models of rows share: the shape of a row, and the columns that it has.
+
+Letters: N rows, D columns, or C channels of H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from latentlab.data.checks import as_rows
+from latentlab.data.images import as_images
+from latentlab.data.table import Table
+
+__all__ = ["OverRows"]
+
+
+class OverRows(nn.Module):
+    """A model whose data are rows, each of ``event_shape``: (D,) of a table, (C, H, W) of images.
+
+    Columns that have names are found by them, in data that are new to the model as in a fit.
+    """
+
+    column_names: Sequence[str] | None = None  # a fit says them
+    event_shape: tuple[int, ...]
+    tolerates_missing = True
+
+    def check_data(self, x: Tensor | Table, size: int | None = None) -> None:
+        """Refuse rows that the model has no density of.
+
+        Arguments:
+            x: rows, shape (N, D) or (N, C, H, W), NaN where a cell is missing.
+            size: unused; as for the model.
+
+        Raises:
+            ValueError: if they have another shape, or cells that the model cannot give.
+        """
+        self._rows(x, min_rows=1)
+
+    def _rows(self, x: Tensor | Table, min_rows: int) -> Tensor:
+        """The numbers of rows that anything may be asked of."""
+        if len(self.event_shape) == 1:
+            return self._table(x, min_rows).x
+        return as_images(x, self.event_shape, min_rows=min_rows)
+
+    def _table(self, x: Tensor | Table, min_rows: int) -> Table:
+        missing, names = self.tolerates_missing, self.column_names
+        table = as_rows(x, min_rows=min_rows, allow_missing=missing, names=names)
+        self._expect_shape(table.x)
+        return table
+
+    def _expect_shape(self, x: Tensor) -> None:
+        if tuple(x.shape[1:]) != self.event_shape:
+            sizes = ", ".join(map(str, self.event_shape))
+            table = len(self.event_shape) == 1
+            wanted = f"num_features={sizes}" if table else "the decoder"
+            raise ValueError(
+                f"x: expected shape (N, {sizes}) to match {wanted}, got {tuple(x.shape)}"
+            )
