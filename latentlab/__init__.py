@@ -24,16 +24,16 @@ __version__ = "0.1.0"
 
 # Public name -> the module it lives in; imported when first asked for.
 _HOMES = {
-    "Autoencoder": "latentlab.models.ae",
-    "FactorAnalysis": "latentlab.models.ppca",
+    "Autoencoder": "latentlab.models",
+    "FactorAnalysis": "latentlab.models",
     "FitDivergedError": "latentlab.inference.engine",
-    "FlowDensity": "latentlab.models.density",
-    "GaussianMixture": "latentlab.models.gmm",
-    "HiddenMarkovModel": "latentlab.models.hmm",
+    "FlowDensity": "latentlab.models",
+    "GaussianMixture": "latentlab.models",
+    "HiddenMarkovModel": "latentlab.models",
     "PairReport": "latentlab.inference.check",
     "Posterior": "latentlab.inference.posterior",
-    "ProbabilisticPCA": "latentlab.models.ppca",
-    "VariationalAutoencoder": "latentlab.models.vae",
+    "ProbabilisticPCA": "latentlab.models",
+    "VariationalAutoencoder": "latentlab.models",
     "Verdict": "latentlab.inference.verdict",
     "check_pair": "latentlab.inference.check",
     "fit": "latentlab.inference.engine",

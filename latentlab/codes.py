@@ -13,7 +13,7 @@ Reference:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -91,8 +91,10 @@ def fit_codes(
         >>> ll.fit_codes(posterior, num_components=2).sample(5).shape
         torch.Size([5, 2])
     """
-    model = getattr(posterior.model, "__self__", posterior.model)
-    if not isinstance(model, Autoencoder | VariationalAutoencoder):
+    model: Any = getattr(posterior, "model", posterior)
+    model = getattr(model, "__self__", model)
+    known = isinstance(model, Autoencoder | VariationalAutoencoder)
+    if not isinstance(posterior, Posterior) or not known:
         raise TypeError(
             "posterior: expected that of an Autoencoder or VariationalAutoencoder, got one of "
             f"{type(model).__name__}"

@@ -60,7 +60,7 @@ class MLP(nn.Sequential):
     def __init__(
         self, in_dim: int, hidden_dims: Sequence[int], out_dim: int, activation: str = "relu"
     ) -> None:
-        widths = [_width(in_dim, "in_dim"), *_widths(hidden_dims, "hidden_dims")]
+        widths = [_width(in_dim, "in_dim"), *as_widths(hidden_dims, "hidden_dims")]
         layers: list[nn.Module] = []
         for width, wider in zip(widths, widths[1:], strict=False):
             layers += [nn.Linear(width, wider), _activation(activation)]
@@ -96,7 +96,7 @@ class ConvEncoder(nn.Module):
     ) -> None:
         super().__init__()
         depth, *size = _image_shape(shape)
-        widths = [depth, *_widths(channels, "channels")]
+        widths = [depth, *as_widths(channels, "channels")]
         layers: list[nn.Module] = []
         for width, wider in zip(widths, widths[1:], strict=False):
             layers += [nn.Conv2d(width, wider, 3, stride=2, padding=1), _activation(activation)]
@@ -139,7 +139,7 @@ class ConvDecoder(nn.Module):
     ) -> None:
         super().__init__()
         depth, *size = _image_shape(shape)
-        widths = [depth, *_widths(channels, "channels")]
+        widths = [depth, *as_widths(channels, "channels")]
         layers: list[nn.Module] = []
         for width, wider in zip(widths, widths[1:], strict=False):
             even = (1 - size[0] % 2, 1 - size[1] % 2)
@@ -196,7 +196,7 @@ class MaskedMLP(nn.Module):
         place = torch.arange(self.num_features) + 1
         degrees = torch.cat([place, place.new_zeros(self.num_context)])
         layers: list[nn.Module] = []
-        for width in _widths(hidden_dims, "hidden_dims"):
+        for width in as_widths(hidden_dims, "hidden_dims"):
             # Degree 0 sees the context only; degree D would be seen by no output.
             wider = torch.arange(width) % self.num_features
             layers += [_MaskedLinear(wider[:, None] >= degrees), _activation(activation)]
@@ -254,13 +254,29 @@ def _width(value: int, name: str, least: int = 1) -> int:
     return value
 
 
-def _widths(values: Sequence[int], name: str) -> list[int]:
-    if isinstance(values, int) or isinstance(values, str):
+def as_widths(values: Sequence[int], name: str = "hidden_dims") -> tuple[int, ...]:
+    """Widths of the layers of a network, each an int of at least 1.
+
+    Arguments:
+        values: a list or tuple of them; empty for no layer.
+        name: what messages call them.
+
+    Raises:
+        ValueError: if they are anything else.
+
+    Example:
+        >>> as_widths([64, 32])
+        (64, 32)
+        >>> as_widths(8)
+        Traceback (most recent call last):
+        ValueError: hidden_dims: expected a sequence of ints such as (256,), got 8
+    """
+    if not isinstance(values, Sequence) or isinstance(values, str):
         raise ValueError(f"{name}: expected a sequence of ints such as (256,), got {values!r}")
-    return [_width(value, f"{name}[{i}]") for i, value in enumerate(values)]
+    return tuple(_width(value, f"{name}[{i}]") for i, value in enumerate(values))
 
 
 def _image_shape(shape: Sequence[int]) -> list[int]:
     if isinstance(shape, int) or len(shape) != 3:
         raise ValueError(f"shape: expected (channels, height, width), got {shape!r}")
-    return _widths(shape, "shape")
+    return [*as_widths(shape, "shape")]

@@ -15,7 +15,14 @@ import torch
 from latentlab.data.convert import as_table, column_names
 from latentlab.data.table import Table, choose, default_names, listed, shown
 
-__all__ = ["as_count", "as_rows", "as_seed", "expect_spans", "match_columns", "warn_constant"]
+__all__ = [
+    "as_count",
+    "as_rows",
+    "as_seed",
+    "expect_spans",
+    "match_columns",
+    "warn_constant",
+]
 
 # Beyond these, squares and sums of squares overflow.
 _LARGEST = {torch.float64: 1e150, torch.float32: 1e15}

@@ -14,6 +14,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from latentlab.data.table import exactly
 from latentlab.distributions.cells import Cells
 from latentlab.distributions.correlations import (
     PartialCorrelations,
@@ -200,9 +201,10 @@ class CategoricalEmission(nn.Module):
 
     def check(self, x: Tensor, argument: str = "x") -> None:
         """Raise for cells that are no codes."""
-        wrong = (x < 0) | (x != x.floor()) | (x >= self.num_categories)
+        expected = f"codes from 0 to {self.num_categories - 1}"
+        _refuse(x, (x < 0) | (x != x.floor()), argument, expected, "; number them from 0 on")
         way = "; give the model num_categories=, one more than the largest code"
-        _refuse(x, wrong, argument, f"codes from 0 to {self.num_categories - 1}", way)
+        _refuse(x, x >= self.num_categories, argument, expected, way)
 
     def estimate(self, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
         """Shares of the codes among weighted rows."""
@@ -261,4 +263,4 @@ def _refuse(x: Tensor, wrong: Tensor, argument: str, expected: str, way: str) ->
     if len(found):
         place = found[0].tolist()
         value = float(x[tuple(place)])
-        raise ValueError(f"{argument}: expected {expected}, got {value:g} at {place}{way}")
+        raise ValueError(f"{argument}: expected {expected}, got {exactly(value)} at {place}{way}")

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from latentlab.data.table import exactly
 from latentlab.distributions.cells import Cells
 
 __all__ = ["Bernoulli", "Categorical", "Gaussian", "Likelihood", "Poisson"]
@@ -430,6 +431,6 @@ def _check_whole(x: Tensor, argument: str, most: float, expected: str) -> None:
     if bad.any():
         first = bad.nonzero()[0].tolist()
         raise ValueError(
-            f"{argument}: expected {expected}, got {float(x[tuple(first)]):g} at {first} "
+            f"{argument}: expected {expected}, got {exactly(float(x[tuple(first)]))} at {first} "
             f"({int(bad.sum())} such cells); correct or recode them, or put NaN for missing ones"
         )

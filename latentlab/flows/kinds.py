@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from latentlab.data.checks import as_count
 from latentlab.flows.masked import Affine, MaskedFlow, Orientation
 from latentlab.flows.planar import Planar
+from latentlab.nn import as_widths
 
 __all__ = ["KINDS", "Kind", "make"]
 
@@ -89,7 +90,7 @@ def make(
         num_features,
         num_context=num_context,
         orientation=orientation,
-        hidden_dims=[as_count(width, f"hidden_dims[{i}]") for i, width in enumerate(hidden_dims)],
+        hidden_dims=as_widths(hidden_dims),
         num_transforms=num_transforms,
         coupling=kind in ("coupling_nsf", "realnvp"),
         affine=affine,

@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentlab.data.checks import as_seed
 from latentlab.guides.base import Guide
 from latentlab.guides.hierarchy import Factors, Hierarchy
 from latentlab.guides.layout import Data, Part
-from latentlab.nn import MLP
+from latentlab.nn import MLP, as_widths
 
 __all__ = ["Amortised"]
 
@@ -79,7 +80,8 @@ class Amortised(Hierarchy):
         if encoder is not None and not isinstance(encoder, nn.Module):
             raise TypeError(f"encoder: expected a torch.nn.Module, got {encoder!r}")
         self._given = (encoder,)  # hidden from torch, which would store it twice
-        self.hidden_dims, self.num_inputs, self.seed = tuple(hidden_dims), num_inputs, seed
+        self.hidden_dims, self.num_inputs = as_widths(hidden_dims), num_inputs
+        self.seed = as_seed(seed)
         self._data: Data | None = None
 
     @property

@@ -37,12 +37,14 @@ import torch
 from torch import Tensor, nn
 
 from latentlab import flows
+from latentlab.data.checks import as_count
 from latentlab.flows.density import standard_normal_log_prob
 from latentlab.flows.kinds import Kind
 from latentlab.flows.masked import MaskedFlow
 from latentlab.flows.planar import Planar
 from latentlab.guides.base import Guide, along_path, noise
 from latentlab.guides.layout import Data
+from latentlab.nn import as_widths
 
 __all__ = ["Flow"]
 
@@ -92,9 +94,9 @@ class Flow(Guide):
         super().__init__()
         self.settings: dict[str, Any] = {
             "kind": kind,
-            "hidden_dims": None if hidden_dims is None else list(hidden_dims),
-            "num_transforms": num_transforms,
-            "num_bins": num_bins,
+            "hidden_dims": None if hidden_dims is None else [*as_widths(hidden_dims)],
+            "num_transforms": as_count(num_transforms, "num_transforms"),
+            "num_bins": as_count(num_bins, "num_bins"),
         }
         self._make_flow(1)  # names what is out of range before there are data
 

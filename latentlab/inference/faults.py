@@ -97,6 +97,8 @@ def _outside(site: Mapping[str, Any]) -> str | None:
     """Where an observed value is outside of the support, if it is."""
     if not site["is_observed"]:
         return None
+    if not isinstance(site["value"], Tensor):
+        return f"is observed as a {type(site['value']).__name__}; hand the model arrays or tensors"
     try:
         inside = site["fn"].support.check(site["value"])
     except (NotImplementedError, RuntimeError):
@@ -133,7 +135,7 @@ def model_faults(trace: Trace) -> Iterator[Fault]:
 def repeated(trace: Trace) -> Iterator[Fault]:
     """Observed values that are counted more often than they were given."""
     for name, site in observed_of(trace).items():
-        if site_is_factor(site):
+        if site_is_factor(site) or not isinstance(site["value"], Tensor):
             continue
         fn, shape = site["fn"], tuple(torch.as_tensor(site["value"]).shape)
         given, expected = shape[: len(shape) - fn.event_dim], tuple(fn.shape())

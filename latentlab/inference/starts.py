@@ -106,11 +106,15 @@ class Starts:
         manual_seed(seed)
         free = guide.pack(_prior_draws(self.pair, _PRIOR_DRAWS))
         free = torch.where(torch.isfinite(free), free, 0.0)
+        if not free.shape[1]:  # as of a Dirichlet over one share
+            return free, free[0], free[0]
         low, center, high = free.quantile(torch.tensor([0.16, 0.5, 0.84]).to(free), dim=0)
         return free, center, ((high - low) / 2).clamp_min(1e-8 * center.abs() + 1e-300)
 
     def _go_to_mode(self, guide: Guide, center: Tensor, unit: Tensor, seed: int) -> None:
         """Lay the guide over the nearest mode, where that has the larger ELBO."""
+        if not guide.num_latents:
+            return
         before = {k: v.clone() for k, v in guide.state_dict().items()}
         plain = self._elbo(seed)
         mode = _mode(self.pair, guide, center, unit)

@@ -1,8 +1,7 @@
 """Ready-made models, each a Pyro model that brings its own guide and starting values."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
-
-import latentlab
 
 if TYPE_CHECKING:
     from latentlab.models.ae import Autoencoder
@@ -11,6 +10,17 @@ if TYPE_CHECKING:
     from latentlab.models.hmm import HiddenMarkovModel
     from latentlab.models.ppca import FactorAnalysis, ProbabilisticPCA
     from latentlab.models.vae import VariationalAutoencoder
+
+# Model -> the module it lives in; imported when first asked for, one family without the others.
+_HOMES = {
+    "Autoencoder": "ae",
+    "FactorAnalysis": "ppca",
+    "FlowDensity": "density",
+    "GaussianMixture": "gmm",
+    "HiddenMarkovModel": "hmm",
+    "ProbabilisticPCA": "ppca",
+    "VariationalAutoencoder": "vae",
+}
 
 __all__ = [
     "Autoencoder",
@@ -24,6 +34,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401
-    if name in __all__:  # imported when first asked for, one family without the others
-        return getattr(latentlab, name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"latentlab.models.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'latentlab.models' has no attribute {name!r}")

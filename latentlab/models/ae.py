@@ -31,9 +31,10 @@ from latentlab.distributions import Bernoulli, Gaussian, Likelihood
 from latentlab.distributions.cells import may_miss
 from latentlab.models import vae_nets as nets
 from latentlab.models.gmm_units import mean_and_sd, warn_far
-from latentlab.models.over_rows import OverRows
+from latentlab.models.over_rows import OverRows, as_latents
 from latentlab.models.vae_parts import read
 from latentlab.models.vae_pictures import PLOTTED, Coded, plot_autoencoder
+from latentlab.nn import as_widths
 from latentlab.plates import rows
 
 __all__ = ["Autoencoder"]
@@ -92,9 +93,10 @@ class Autoencoder(OverRows):
         self.loss, self.held_out = loss, float(held_out)
         # A mean squared error weighs all cells alike: one unit for all of them.
         self.likelihood: Likelihood = Gaussian(units="table") if loss == "mse" else Bernoulli()
+        hidden_dims = as_widths(hidden_dims)
         built_here = encoder is None and decoder is None
-        self._recipe = {"hidden_dims": list(hidden_dims)} if built_here else None
-        plan = nets.Plan(self.likelihood, L, num_features, tuple(hidden_dims), missing=False)
+        self._recipe = {"hidden_dims": [*hidden_dims]} if built_here else None
+        plan = nets.Plan(self.likelihood, L, num_features, hidden_dims, missing=False)
         built = nets.complete(plan, encoder, decoder, num_context=0)
         self.encoder, self.decoder, self.event_shape = built[:3]
 
@@ -169,7 +171,7 @@ class Autoencoder(OverRows):
             z: codes, shape (..., L).
         """
         with torch.no_grad():
-            return self.likelihood.mean(self._params(z))
+            return self.likelihood.mean(self._params(as_latents(z, self.latent_dim)))
 
     def reconstruct(self, x: Tensor | Table) -> Tensor:
         """Rows decoded from their codes, missing cells included.

@@ -35,6 +35,7 @@ from latentlab.flows import FlowDistribution
 from latentlab.flows.kinds import Kind
 from latentlab.models.gmm_units import mean_and_sd, warn_far
 from latentlab.models.over_rows import OverRows
+from latentlab.nn import as_widths
 from latentlab.plates import rows
 
 __all__ = ["FlowDensity"]
@@ -100,7 +101,7 @@ class FlowDensity(OverRows):
         self.num_features, self.kind, self.held_out = D, kind, float(held_out)
         self.event_shape = (D,)
         self.settings = {
-            "hidden_dims": None if hidden_dims is None else list(hidden_dims),
+            "hidden_dims": None if hidden_dims is None else [*as_widths(hidden_dims)],
             "num_transforms": num_transforms,
             "num_bins": num_bins,
         }

@@ -6,14 +6,42 @@ Letters: N rows, D columns, or C channels of H x W pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from latentlab.data.checks import as_rows
 from latentlab.data.images import as_images
-from latentlab.data.table import Table
+from latentlab.data.table import Table, shown
 
-__all__ = ["OverRows"]
+__all__ = ["OverRows", "as_latents"]
+
+
+def as_latents(z: Any, latent_dim: int, argument: str = "z") -> Tensor:  # noqa: ANN401
+    """Latents to decode, whatever they came in.
+
+    Arguments:
+        z: a tensor, array or list, shape (..., L).
+        latent_dim: L.
+        argument: what messages call them.
+
+    Raises:
+        ValueError: for another shape, or numbers that are not finite.
+    """
+    try:
+        found = z if isinstance(z, Tensor) else torch.as_tensor(np.asarray(z, dtype=float))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{argument}: expected numbers, got {shown(z)}") from error
+    if found.dim() == 0 or found.shape[-1] != latent_dim or not found.numel():
+        raise ValueError(
+            f"{argument}: expected shape (..., {latent_dim}), one number a latent, "
+            f"got {tuple(found.shape)}"
+        )
+    if not bool(torch.isfinite(found).all()):
+        raise ValueError(f"{argument}: expected finite numbers, got nan or inf")
+    return found
 
 
 class OverRows(nn.Module):

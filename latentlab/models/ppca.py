@@ -47,7 +47,7 @@ from latentlab.distributions.completion import Completed
 from latentlab.distributions.low_rank import LowRankNormal
 from latentlab.guides import FullRank, Guide, MeanField, Point
 from latentlab.models.gmm_units import mean_and_sd, warn_far
-from latentlab.models.over_rows import OverRows
+from latentlab.models.over_rows import OverRows, as_latents
 from latentlab.models.ppca_optimum import find_optimum
 from latentlab.models.ppca_parts import (
     FLOOR,
@@ -287,6 +287,7 @@ class _Linear(OverRows):
             z: latents, shape (..., L).
             draws: as for :meth:`distribution`.
         """
+        z = as_latents(z, self.latent_dim)
         return draws["loc"].mean(0) + z.to(draws["loc"]) @ self.loadings(draws).mean(0).mT
 
     def reconstruct(self, x: Tensor | Table, draws: Mapping[str, Tensor]) -> Tensor:

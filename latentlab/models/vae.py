@@ -40,7 +40,7 @@ from latentlab.diagnostics import Collapse, RowEvidence, collapse, row_evidence
 from latentlab.distributions import Likelihood, likelihood_of
 from latentlab.distributions.cells import may_miss
 from latentlab.models import vae_nets as nets
-from latentlab.models.over_rows import OverRows
+from latentlab.models.over_rows import OverRows, as_latents
 from latentlab.models.vae_parts import (
     FlowPosterior,
     Imputation,
@@ -51,6 +51,7 @@ from latentlab.models.vae_parts import (
     warn_of_columns,
 )
 from latentlab.models.vae_pictures import PLOTTED, Coded, plot_autoencoder
+from latentlab.nn import as_widths
 from latentlab.plates import rows
 
 __all__ = ["VariationalAutoencoder"]
@@ -121,19 +122,20 @@ class VariationalAutoencoder(OverRows):
         L = self.latent_dim = as_count(latent_dim, "latent_dim")
         _check_choice(posterior, "posterior", ("diagonal", "flow"))
         _check_choice(prior, "prior", ("normal", "mixture"))
+        hidden_dims = as_widths(hidden_dims)
         self.beta, self.free_bits = _number(beta, "beta"), _number(free_bits, "free_bits")
         self.warm_up, self.missing = as_count(warm_up, "warm_up", minimum=0), bool(missing)
         self.likelihood = likelihood_of(likelihood)
         self._recipe: dict[str, Any] | None = None
         if encoder is None and decoder is None:
             self._recipe = {
-                "hidden_dims": list(hidden_dims),
+                "hidden_dims": [*hidden_dims],
                 "posterior": posterior,
                 "prior": prior,
                 "num_components": num_components,
             }
         built = nets.complete(
-            nets.Plan(self.likelihood, L, num_features, tuple(hidden_dims), self.missing),
+            nets.Plan(self.likelihood, L, num_features, hidden_dims, self.missing),
             encoder,
             decoder,
             num_context=2 * L if posterior == "flow" else 0,
@@ -242,7 +244,7 @@ class VariationalAutoencoder(OverRows):
             Rows, shape (..., D) or (..., C, H, W), in the units of the data.
         """
         with torch.no_grad():
-            return self.likelihood.mean(self._params(z))
+            return self.likelihood.mean(self._params(as_latents(z, self.latent_dim)))
 
     def reconstruct(self, x: Tensor | Table) -> Tensor:
         """Rows decoded from the mean of their encodings, missing cells included.
@@ -273,9 +275,11 @@ class VariationalAutoencoder(OverRows):
         """
         if not -self.latent_dim <= dim < self.latent_dim:
             raise ValueError(f"dim: expected one of {self.latent_dim} dimensions, got {dim}")
-        origin = values.new_zeros(self.latent_dim) if z is None else z
-        along = origin.repeat(len(values), 1)
-        along[:, dim] = values
+        steps = torch.atleast_1d(torch.as_tensor(values)).double()
+        origin = steps.new_zeros(self.latent_dim)
+        origin = origin if z is None else as_latents(z, self.latent_dim).to(steps)
+        along = origin.repeat(len(steps), 1)
+        along[:, as_count(dim % self.latent_dim, "dim", minimum=0)] = steps
         return self.decode(along)
 
     def log_prob(self, x: Tensor | Table, num_samples: int = 1000, seed: int = 0) -> RowEvidence:

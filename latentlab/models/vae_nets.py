@@ -176,4 +176,9 @@ def _tried(role: str, net: nn.Module, shape: Sequence[int]) -> Any:  # noqa: ANN
 
 
 def _dense(hidden_dims: Sequence[int]) -> int:
-    return tuple(hidden_dims)[-1] if hidden_dims else 256
+    if len(hidden_dims) > 1:
+        raise ValueError(
+            "hidden_dims: expected one width, that of the dense layer behind the convolutions "
+            f"that images get, got {list(hidden_dims)}; or give an encoder and a decoder"
+        )
+    return hidden_dims[0] if hidden_dims else 256

@@ -23,7 +23,7 @@ from torch.nn.functional import softplus
 from latentlab.data.checks import warn_constant
 from latentlab.data.table import Table
 from latentlab.diagnostics import RowEvidence
-from latentlab.distributions import Columns, Gaussian, Likelihood, NormalMixture
+from latentlab.distributions import Columns, Gaussian, Likelihood, NormalMixture, Poisson
 from latentlab.models.gmm_units import mean_and_sd, warn_far
 
 __all__ = [
@@ -226,7 +226,7 @@ class FlowPosterior(TorchDistribution):
 
 
 def warn_of_columns(table: Table, likelihood: Likelihood) -> None:
-    """Warn of real columns that tell nothing, or where one far value has set the unit.
+    """Warn of columns that tell nothing, or where one value lies far from all others.
 
     Arguments:
         table: the rows; NaN cells are left out.
@@ -236,11 +236,18 @@ def warn_of_columns(table: Table, likelihood: Likelihood) -> None:
     if isinstance(likelihood, Columns):
         parts = [*zip(likelihood.parts, likelihood.places, strict=True)]
     for part, columns in parts:
-        if isinstance(part, Gaussian) and part.has_column_units:
-            names = tuple(table.names[d] for d in columns)
-            real = Table(table.x[:, list(columns)], names)
-            warn_constant(real)
-            warn_far(real, mean_and_sd(real.x)[1])
+        some = Table(table.x[:, list(columns)], tuple(table.names[d] for d in columns))
+        real = isinstance(part, Gaussian) and part.has_column_units
+        if real or len(parts) == 1 and _all_equal(some.x):
+            warn_constant(some)
+        if real or isinstance(part, Poisson):
+            warn_far(some, mean_and_sd(some.x)[1])
+
+
+def _all_equal(x: Tensor) -> bool:
+    """Whether no column varies: beside others a constant one that sets no unit does no harm."""
+    least, most = x.nan_to_num(nan=torch.inf).amin(0), x.nan_to_num(nan=-torch.inf).amax(0)
+    return torch.equal(least, most)
 
 
 def flow_for(latent_dim: int, num_context: int) -> nn.Module:

@@ -18,7 +18,7 @@ from sklearn.utils.validation import check_is_fitted
 from latentlab import models
 from latentlab.data.checks import as_count, as_rows
 from latentlab.inference.engine import fit
-from latentlab.sklearn.rows import read_rows, seed_of
+from latentlab.sklearn.rows import read_rows, seed_of, told_by
 
 if TYPE_CHECKING:
     from latentlab.inference.verdict import Verdict
@@ -101,12 +101,8 @@ class FlowDensity(DensityMixin, BaseEstimator):
             ValueError: for arguments out of range, or rows that cannot be fitted.
             TypeError: for text or sparse rows.
         """
-        before = dict(self.__dict__)
-        try:
+        with told_by(self):
             return self._fit(X)
-        except BaseException:
-            self.__dict__ = before
-            raise
 
     def score_samples(self, X: Any) -> np.ndarray:  # noqa: ANN401
         """Log-density of each row in nats, shape (N,).

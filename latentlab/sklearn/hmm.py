@@ -25,7 +25,7 @@ from latentlab.diagnostics import align
 from latentlab.distributions import hmm
 from latentlab.distributions.emissions import ChecksRows
 from latentlab.inference.engine import fit
-from latentlab.sklearn.rows import check_variances, read_rows, seed_of
+from latentlab.sklearn.rows import check_variances, read_rows, seed_of, told_by
 
 if TYPE_CHECKING:
     from latentlab.inference.verdict import Verdict
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["CategoricalHMM", "GaussianHMM", "PoissonHMM"]
 
 _SUMMARY_DRAWS = 2000  # behind means_ and its like
+_MANY_CODES = 256  # more of them than rows are names, not codes
 _NUM_DRAWS = 200  # behind a prediction: its error is then 7 % of a posterior sd
 
 
@@ -75,12 +76,8 @@ class _HMM(BaseEstimator):
             ValueError: for arguments out of range, or rows that cannot be fitted.
             TypeError: for text or sparse rows.
         """
-        before = dict(self.__dict__)
-        try:
+        with told_by(self):
             return self._fit(X, y, lengths)
-        except BaseException:
-            self.__dict__ = before
-            raise
 
     def fit_predict(self, X: Any, y: Any = None, *, lengths: Any = None) -> np.ndarray:  # noqa: ANN401
         """Fit, and return the path of states, shape (N,)."""
@@ -264,8 +261,10 @@ class _HMM(BaseEstimator):
 
 
 def _are_sequences(X: Any) -> bool:  # noqa: ANN401
-    """Whether X is a list of sequences, not of rows."""
-    if not isinstance(X, list) or not X:
+    """Whether X is a list or batch of sequences, not of rows."""
+    if isinstance(X, np.ndarray | Tensor):
+        return X.ndim == 3
+    if not isinstance(X, list | tuple) or not X:
         return False
     arrays = all(isinstance(one, np.ndarray | Tensor) for one in X)
     if arrays and all(one.ndim == 1 for one in X):
@@ -281,10 +280,12 @@ def _are_sequences(X: Any) -> bool:  # noqa: ANN401
 def _refuse_lengths(y: Any, data: Sequences) -> None:  # noqa: ANN401
     """What hmmlearn takes in the second place must not be lost without a word."""
     num_rows = int(data.lengths.sum())
-    if y is not None and len(y) != num_rows:
+    shape = np.shape(y)
+    if y is not None and shape[:1] != (num_rows,):
+        got = f"{shape[0]} values" if shape else repr(y)
         raise ValueError(
-            f"y: expected nothing, or a label for each of the {num_rows} rows, got {len(y)} "
-            "values; lengths are a keyword: fit(X, lengths=...)"
+            f"y: expected nothing, or a label for each of the {num_rows} rows, got {got}; "
+            "lengths are a keyword: fit(X, lengths=...)"
         )
 
 
@@ -339,7 +340,7 @@ class GaussianHMM(_HMM):
 
     def _emissions(self, data: Sequences) -> dict[str, Any]:
         names = {"diag": "gaussian", "full": "gaussian_full"}
-        if self.covariance_type not in names:
+        if str(self.covariance_type) not in names:
             known = " or ".join(f'"{name}"' for name in names)
             raise ValueError(f"covariance_type: expected {known}, got {self.covariance_type!r}")
         check_variances(data.rows())
@@ -428,9 +429,16 @@ class CategoricalHMM(_HMM):
         return tags
 
     def _emissions(self, data: Sequences) -> dict[str, Any]:
-        largest = float(data.x.nan_to_num(0.0).max())
-        found = max(int(largest) + 1, 1)
-        num = found if self.n_features is None else as_count(self.n_features, "n_features")
+        if self.n_features is not None:
+            num = as_count(self.n_features, "n_features")
+        else:
+            num = max(int(data.x.nan_to_num(0.0).max()) + 1, 1)
+            total = int(data.lengths.sum())
+            if num > max(total, _MANY_CODES):
+                raise ValueError(
+                    f"X: expected codes 0, 1, ..., but the largest of {total} rows is {num - 1}; "
+                    "number those that occur from 0 on, or say how many there are, n_features="
+                )
         return {"emissions": "categorical", "num_categories": num}
 
     def _set_emissions(self, draws: Mapping[str, Tensor]) -> None:

@@ -22,7 +22,7 @@ from latentlab.data.checks import as_count
 from latentlab.diagnostics import align
 from latentlab.inference.engine import fit
 from latentlab.models.gmm_units import as_counts
-from latentlab.sklearn.rows import check_variances, read_rows, seed_of
+from latentlab.sklearn.rows import check_variances, read_rows, seed_of, told_by
 
 if TYPE_CHECKING:
     from latentlab.inference.verdict import Verdict
@@ -129,12 +129,8 @@ class GaussianMixture(DensityMixin, BaseEstimator):
                 negative, not finite, all zero or not N.
             TypeError: for text or sparse rows.
         """
-        before = dict(self.__dict__)
-        try:
+        with told_by(self):
             return self._fit(X, sample_weight)
-        except BaseException:
-            self.__dict__ = before
-            raise
 
     def fit_predict(
         self,
@@ -256,10 +252,10 @@ class GaussianMixture(DensityMixin, BaseEstimator):
 
     def _model_arguments(self) -> dict[str, Any]:
         """The arguments of the model, from those of the estimator."""
-        if self.covariance_type not in _TYPES:
+        if str(self.covariance_type) not in _TYPES:
             known = " or ".join(f'"{name}"' for name in _TYPES)
             raise ValueError(f"covariance_type: expected {known}, got {self.covariance_type!r}")
-        if self.init_params not in _STARTS:
+        if str(self.init_params) not in _STARTS:
             known = " or ".join(f'"{name}"' for name in _STARTS)
             raise ValueError(f"init_params: expected {known}, got {self.init_params!r}")
         num_components = as_count(self.n_components, "n_components")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,9 +18,32 @@ from latentlab.data.checks import as_rows, as_seed, expect_spans
 from latentlab.data.convert import as_table, column_names
 from latentlab.data.table import Table
 
-__all__ = ["check_variances", "read_rows", "seed_of"]
+__all__ = ["check_variances", "read_rows", "seed_of", "told_by"]
 
+# What a model or a fit says -> what the estimators call it.
+_WORDS = {
+    "x": "X",
+    "lr": "learning_rate_init",
+    "held_out": "validation_fraction",
+    "hidden_dims": "hidden_layer_sizes",
+    "num_categories": "n_features",
+}
+_WORD = re.compile(rf"(?<![\w.'\"])({'|'.join(_WORDS)})(?=[:=\[]| must | has )")
 _NARROWEST = 1e-150  # the square of less is no float64
+
+
+@contextmanager
+def told_by(estimator: BaseEstimator) -> Iterator[None]:
+    """After an error the estimator is as it was, and the error names the estimator's arguments."""
+    before = dict(estimator.__dict__)
+    try:
+        yield
+    except BaseException as error:
+        estimator.__dict__ = before
+        told = _WORD.sub(lambda word: _WORDS[word[1]], str(error))
+        if type(error) in (TypeError, ValueError) and told != str(error):
+            raise type(error)(told) from error
+        raise
 
 
 def read_rows(estimator: BaseEstimator, X: Any, *, reset: bool) -> Table:  # noqa: ANN401
@@ -41,6 +67,8 @@ def read_rows(estimator: BaseEstimator, X: Any, *, reset: bool) -> Table:  # noq
     elif isinstance(X, Table | Tensor):
         rows = as_table(X, argument="X")
         X = rows.x.numpy(force=True)
+    elif isinstance(X, list | tuple) and any(isinstance(row, np.ndarray | Tensor) for row in X):
+        rows = as_table(X, argument="X")  # says of ragged rows that they are
     # Numbers are for as_rows to check: it says where they are, and text of digits is none.
     validate_data(estimator, X, reset=reset, ensure_all_finite=False, ensure_min_samples=1 + reset)
     table = as_rows(rows, argument="X", min_rows=1 + reset, allow_missing=True)

@@ -24,7 +24,7 @@ from latentlab.data.checks import as_count
 from latentlab.data.table import Table
 from latentlab.inference.engine import fit
 from latentlab.inference.posterior import Posterior
-from latentlab.sklearn.rows import check_variances, read_rows, seed_of
+from latentlab.sklearn.rows import check_variances, read_rows, seed_of, told_by
 
 if TYPE_CHECKING:
     from latentlab.inference.verdict import Verdict
@@ -58,12 +58,8 @@ class _Transformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             ValueError: for arguments out of range, or rows that cannot be fitted.
             TypeError: for text or sparse rows.
         """
-        before = dict(self.__dict__)
-        try:
+        with told_by(self):
             posterior = self._fit(read_rows(self, X, reset=True))
-        except BaseException:
-            self.__dict__ = before
-            raise
         self.posterior_, self._verdict = posterior, None
         self._n_features_out = self.n_components
         self.converged_, self.n_iter_ = posterior.converged, len(posterior.losses)
@@ -89,6 +85,7 @@ class _Transformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             X: latents, shape (N, L).
         """
         check_is_fitted(self, "posterior_")
+        X = X.numpy(force=True) if isinstance(X, Tensor) else X
         z = torch.from_numpy(check_array(X, dtype=np.float64))
         if z.shape[1] != self._n_features_out:
             raise ValueError(
@@ -377,12 +374,16 @@ class VAE(_Transformer):
                 beta=self.beta,
             ).double()  # rows answer alike whatever others they come with
         share = self.validation_fraction
-        small = isinstance(share, int | float) and 0 < share < 1 and round(share * N) < 2
-        kept = 0.0 if small else share  # too few rows to keep any of them aside
+        number = isinstance(share, int | float) and not isinstance(share, bool)
+        if not number or not 0 <= share < 1:
+            raise ValueError(
+                f"validation_fraction: expected a share in [0, 1), such as 0.1, got {share!r}"
+            )
+        kept = 0.0 if round(share * N) < 2 else share  # too few rows to keep any of them aside
         return fit(
             model,
             table,
-            batch_size=batch_size if batch_size < N * (1 - (kept or 0.0)) else None,
+            batch_size=batch_size if batch_size < N * (1 - kept) else None,
             max_steps=as_count(self.max_iter, "max_iter"),
             lr=self.learning_rate_init,
             held_out=kept or None,
