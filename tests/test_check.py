@@ -2,6 +2,7 @@
 
 import functools
 import math
+import random
 import re
 
 import pyro
@@ -386,6 +387,17 @@ def test_a_factor_is_an_observation():
         pyro.factor("likelihood", -((x - loc) ** 2).sum(-1, keepdim=True).sum())
 
     assert faults_of(with_factor, X)[0] == []
+
+
+@pytest.mark.parametrize("draw", [torch.randn, lambda n: torch.tensor([random.random()] * n)])
+def test_numbers_drawn_beside_pyro_are_noted(draw):
+    def with_noise(x):
+        loc = pyro.sample("loc", NORMAL)
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(loc + draw(len(x)), 1.0), obs=x)
+
+    fault = only_fault(with_noise, X, fatal=False)
+    assert fault.startswith("site 'x': with the same latents its log-density is another")
 
 
 def test_an_unused_latent_is_noted():

@@ -143,3 +143,16 @@ def test_a_latent_of_one_value_is_known(guide):
 def test_a_set_is_no_data():
     with pytest.raises(ValueError, match="observed as a set"):
         ll.fit(shares, {1.0, 2.0}, **BRIEF)
+
+
+def test_a_column_that_was_kept_aside_whole_is_named_with_its_share():
+    settings = {"num_features": 2, "latent_dim": 1, "hidden_dims": (4,), "likelihood": "bernoulli"}
+    model = ll.VariationalAutoencoder(**settings)
+    refused = 0
+    for n in range(20):  # whichever rows the seed chooses
+        rows = np.stack([ROWS[:, 0] > 0, np.where(np.arange(80) == n, 1.0, np.nan)], 1)
+        try:
+            ll.fit(model, rows, max_steps=1, held_out=0.5)
+        except ValueError as error:
+            refused += "held_out=" in str(error)
+    assert refused > 0

@@ -501,7 +501,7 @@ BAD_ROWS = {
     "infinite": (put(np.inf), r"X has 1 inf \(first at \[3, 1\]\)"),
     "minus infinite": (put(-np.inf), r"X has 1 inf \(first at \[3, 1\]\)"),
     "beyond the square root of float64": (put(1e200), r"1 beyond .* \[3, 1\].*larger unit"),
-    "too narrow for a variance": (1e-200 * SMALL, "'x0' spans .*-200; choose a smaller unit"),
+    "too narrow for a variance": (1e-200 * SMALL, "'x0' spans .*-200, too little.*smaller unit"),
     "a column of NaN": (np.where([0, 1, 0], np.nan, SMALL), "column 'x1' is all NaN"),
     "a named column of NaN": (FRAME.assign(b=np.nan), "column 'b' is all NaN"),
     "one row": (SMALL[:1], r"1 sample\(s\) .* minimum of 2 is required"),

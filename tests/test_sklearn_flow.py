@@ -89,12 +89,12 @@ def test_an_unfitted_one_says_so():
     [
         ({"kind": "spline"}, "kind"),
         ({"kind": "planar"}, "kind"),
-        ({"validation_fraction": 1.0}, "held_out"),
-        ({"validation_fraction": True}, "held_out"),
+        ({"validation_fraction": 1.0}, "validation_fraction"),
+        ({"validation_fraction": True}, "validation_fraction"),
         ({"batch_size": 0}, "batch_size"),
         ({"max_iter": 2.5}, "max_iter"),
-        ({"learning_rate_init": -1.0}, "lr"),
-        ({"hidden_layer_sizes": (0,)}, "hidden_dims"),
+        ({"learning_rate_init": -1.0}, "learning_rate_init"),
+        ({"hidden_layer_sizes": (0,)}, "hidden_layer_sizes"),
     ],
 )
 def test_bad_arguments_are_named(arguments, says):

@@ -173,7 +173,7 @@ def test_too_few_steps_are_told(kind):
         (VAE, {"likelihood": "laplace"}, "likelihood"),
         (VAE, {"likelihood": "bernoulli"}, r"expected \[0, 1\]"),
         (VAE, {"beta": -1}, "beta"),
-        (VAE, {"validation_fraction": 1.0}, "held_out"),
+        (VAE, {"validation_fraction": 1.0}, "validation_fraction"),
         (VAE, {"batch_size": 0}, "batch_size"),
         (VAE, {"random_state": -1}, "random_state"),
     ],

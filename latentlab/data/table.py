@@ -20,7 +20,6 @@ __all__ = [
     "check_unique",
     "choose",
     "default_names",
-    "exactly",
     "listed",
     "not_rows",
     "shown",
@@ -147,12 +146,6 @@ def listed(names: Iterable[str], most: int = 20) -> str:
 def shown(value: object) -> str:
     """A value for a message: on one line, and short."""
     return " ".join(reprlib.repr(value).split())
-
-
-def exactly(value: float) -> str:
-    """A number for a message: short, but for one that this would round."""
-    short = f"{value:g}"
-    return short if float(short) == value or value != value else repr(value)
 
 
 def check_unique(names: Sequence[str], argument: str) -> None:

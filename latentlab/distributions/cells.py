@@ -20,7 +20,7 @@ from torch.distributions.utils import _sum_rightmost
 
 from latentlab.distributions.quadratic import is_traced
 
-__all__ = ["Cells", "FillsRows", "Parts", "fill_of", "may_miss"]
+__all__ = ["Cells", "FillsRows", "Parts", "exactly", "fill_of", "may_miss"]
 
 
 def may_miss(x: Tensor) -> bool:
@@ -325,3 +325,9 @@ class _InParts(constraints.Constraint):
         pieces = value.index_select(-1, self.beside).split(self.sizes, -1)
         fine = [s.check(piece) for s, piece in zip(self.supports, pieces, strict=True)]
         return torch.stack(fine).all(0)
+
+
+def exactly(value: float) -> str:
+    """A number for a message: short, but for one that this would round."""
+    short = f"{value:g}"
+    return short if float(short) == value or value != value else repr(value)

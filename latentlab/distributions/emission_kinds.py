@@ -14,8 +14,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from latentlab.data.table import exactly
-from latentlab.distributions.cells import Cells
+from latentlab.distributions.cells import Cells, exactly
 from latentlab.distributions.correlations import (
     PartialCorrelations,
     correlation_tril,

@@ -39,8 +39,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from latentlab.data.table import exactly
-from latentlab.distributions.cells import Cells
+from latentlab.distributions.cells import Cells, exactly
 
 __all__ = ["Bernoulli", "Categorical", "Gaussian", "Likelihood", "Poisson"]
 

@@ -225,8 +225,9 @@ def _stacked(rows: list) -> Tensor:
     shapes = {tuple(row.shape) for row in rows if isinstance(row, Tensor)}
     if len(shapes) == 1 and all(isinstance(row, Tensor) for row in rows):
         return torch.stack(rows)
+    listed = ", ".join(map(str, sorted(shapes)))
     raise ValueError(
-        f"x: expected rows of one shape, got a list of {', '.join(map(str, sorted(shapes)))}; "
+        f"x: expected rows of equal length, got a ragged list, {listed}; "
         "sequences of several lengths need a model of sequences"
     )
 

@@ -259,6 +259,9 @@ def _look(pair: Pair, wants_guide: bool) -> list[Fault]:
         faults += find.repeated(traces[0])
         if any(fault.fatal for fault in faults):
             return faults
+        replayed = _run("model", poutine.replay(pair.model, trace=traces[0]), pair.data)
+        find.score(replayed)
+        faults += find.unrepeatable(traces[0], replayed)
         _learn_model(pair, traces[0])
         faults += find.unused(pair, traces[0])
         moving = list(find.moving_supports(pair, *traces))

@@ -148,10 +148,12 @@ def _fit(
         pair, report = prepare(model, fitted, guide, None if held is None else data)
         if not report.ok:
             raise ValueError(_refusal(report.faults))
-    except (TypeError, ValueError):
-        if held is not None:  # rows are counted as they were given
-            prepare(model, data, guide)
-        raise
+    except (TypeError, ValueError) as error:
+        if held is None:
+            raise
+        prepare(model, data, guide)  # rows are counted as they were given
+        text = f"of the rows that held_out= leaves to fit, {error}; or fit all, held_out=0"
+        raise ValueError(text) from error
     for fault in report.faults:
         warnings.warn(str(fault), stacklevel=3)
     batch_size = _batch_size(pair, settings.batch_size)
@@ -234,7 +236,8 @@ class _Settings:
         for name, value in (("lr", _RATE if lr is None else lr), ("tol", tol)):
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not (number and 0 < value < 1e6):
-                raise ValueError(f"{name}: expected a number > 0, got {value!r}")
+                range_ = "< 1e6" if number and 1e6 <= value < math.inf else "> 0"
+                raise ValueError(f"{name}: expected a number {range_}, got {value!r}")
         if seed is None:
             raise ValueError("seed: expected an int >= 0, got None")
         return cls(**checked, max_steps=max_steps, lr=lr, tol=tol, seed=as_seed(seed))

@@ -210,6 +210,23 @@ def unsteady(trace: Trace, other: Trace) -> Iterator[Fault]:
             )
 
 
+def unrepeatable(trace: Trace, replayed: Trace) -> Iterator[Fault]:
+    """Sites whose density is another with the same latents; both traces scored."""
+    for name, site in replayed.nodes.items():
+        before, now = trace.nodes.get(name, {}).get("log_prob"), site.get("log_prob")
+        if before is None or now is None or before.shape != now.shape:
+            continue
+        if not torch.allclose(before, now, rtol=1e-4, atol=1e-6, equal_nan=True):
+            yield Fault(
+                name,
+                "with the same latents its log-density is another in each run: the model draws "
+                "numbers beside pyro.sample, of which the posterior knows nothing; make them "
+                "latents, or draw them once before the fit",
+                fatal=False,
+            )
+            return  # what depends on it differs too
+
+
 def moving_supports(pair: Pair, trace: Trace, other: Trace) -> Iterator[Fault]:
     """Supports that depend on other latents, which a guide made from one run cannot follow."""
     first, second = latents_of(trace), latents_of(other)
