@@ -166,5 +166,5 @@ def test_a_list_of_images_is_a_batch():
     vae = ll.VariationalAutoencoder(num_features=(1, 6, 6), latent_dim=1, hidden_dims=(4,))
     posterior = ll.fit(vae, list(x.numpy()), **FEW)
     assert posterior.predict(1)["x"].shape == (1, 20, 1, 6, 6)
-    with pytest.raises(ValueError, match=r"rows of equal length, got a ragged list, \(1, 3, 6\), "):
+    with pytest.raises(ValueError, match=r"equal length, got a ragged list, \(1, 3, 6\), "):
         ll.fit(vae, [x[0], x[0, :, :3]], **FEW)
