@@ -156,3 +156,49 @@ def test_a_column_that_was_kept_aside_whole_is_named_with_its_share():
         except ValueError as error:
             refused += "held_out=" in str(error)
     assert refused > 0
+
+
+def mean_of(x):
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with ll.rows(x):
+        pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "guide", "message"),
+    [
+        (None, ROWS, "auto", "model: expected a callable with pyro.sample, got None"),
+        ("gmm", ROWS, "auto", "model: expected a callable with pyro.sample, got 'gmm'"),
+        (ll.GaussianMixture, ROWS, "auto", "model: got the class GaussianMixture; make one"),
+        (mean_of, ROWS[:, 0], ll.guides.MeanField, "guide: got the class MeanField; make one"),
+        (mean_of, ROWS[:, 0], 3, "guide: expected a callable, .* got 3"),
+        (mean_of, None, "auto", "data: the model takes x: missing a required argument: 'x'"),
+        (mean_of, {"y": ROWS[:, 0]}, "auto", "data: the model takes x: .*dict with their names"),
+        (ll.GaussianMixture(2, 2), {"y": ROWS}, "auto", "data: the model takes x, weights, size"),
+        (ll.ProbabilisticPCA(2, 1), (ROWS, np.ones(80)), "auto", "weights of rows need a model"),
+        (vae(), (COUNTS, np.ones(80)), "auto", "weights of rows need a model"),
+    ],
+)
+def test_a_fit_of_what_cannot_be_called(model, data, guide, message):
+    with pytest.raises(TypeError, match=message):
+        ll.fit(model, data, guide, **BRIEF)
+
+
+def test_a_latent_of_one_point_is_no_latent():
+    def with_delta(x):
+        loc = pyro.sample("loc", dist.Delta(torch.tensor(1.0)))
+        with ll.rows(x):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    with pytest.raises(ValueError, match=r"'loc': is a Delta.* use pyro.deterministic"):
+        ll.fit(with_delta, ROWS[:, 0], **BRIEF)
+
+
+@pytest.mark.parametrize(
+    ("model", "rows"), [(mean_of, ROWS[:, 0]), (ll.ProbabilisticPCA(2, 1), ROWS), (vae(), COUNTS)]
+)
+def test_a_check_needs_draws(model, rows):
+    posterior = ll.fit(model, rows, **BRIEF)
+    for few in (0, 24, 2.5):
+        with pytest.raises(ValueError, match="num_samples must be an int >= 25"):
+            posterior.check(num_samples=few)

@@ -31,7 +31,7 @@ def encode(
     For a model with latents of its own for each row, such as a VAE. FILE has one line for each
     row of DATA, or for each image of a folder, with the columns z_0, z_0_sd, z_1 and so on.
     """
-    with bad_input():
+    with bad_input(data):
         posterior = ll.load(run)
         model = _coder(posterior, run)
         rows = read_for(posterior, data, columns)
@@ -63,7 +63,7 @@ def reconstruct(
     Missing cells are filled. Images become PNG files of the same names in a folder, or the arrays
     x (N, C, H, W) and names in a .npz file.
     """
-    with bad_input():
+    with bad_input(data):
         posterior = ll.load(run)
         model = _coder(posterior, run)
         rows = read_for(posterior, data, columns)
@@ -94,7 +94,7 @@ def impute(
     Exact for mixtures, linear models and hidden Markov models; for a VAE the mean over 1000 draws.
     Cells that are there stay as they are.
     """
-    with bad_input():
+    with bad_input(data):
         posterior = ll.load(run)
         model = posterior.model
         fills = _is_coder(model) or isinstance(model, (ll.GaussianMixture, ll.HiddenMarkovModel))

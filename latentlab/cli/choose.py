@@ -38,7 +38,7 @@ def select(
     better the larger; the BIC the smaller. Recommended is the fewest components within one
     standard error of the best score.
     """
-    with bad_input():
+    with bad_input(data):
         numbers = _range(components)
         table = ll.data.load(data, listed(columns))
         shape: Any = covariance

@@ -18,7 +18,13 @@ __all__ = ["fit_flow", "fit_gmm", "fit_hmm", "fit_vae"]
 _Restarts = Annotated[int | None, option("N", "Starts; by default 4.", least=1)]
 _Steps = Annotated[int, option("N", "Steps at the most.", least=1)]
 _Batch = Annotated[int | None, option("N", "Rows a step; by default all.", least=1)]
-_Guide = Annotated[str, option("NAME", "full_rank, mean_field, point or auto.")]
+_Guide = Annotated[
+    str,
+    option(
+        "NAME",
+        "auto, point, mean_field, low_rank, full_rank, structured or flow.",
+    ),
+]
 
 
 @fit.command("gmm", epilog="Example: latentlab fit gmm measurements.csv --components 3 --out run/")
@@ -39,12 +45,12 @@ def fit_gmm(
     Writes report.html, posterior.nc (ArviZ), summary.csv and model.safetensors to DIR. Empty cells
     are missing and integrated out. Ctrl-C ends the climb; what it reached is judged and written.
     """
-    with bad_input():
+    with bad_input(data):
         table = _table(data, columns)
         shape: Any = covariance  # the model says which there are
         model = ll.GaussianMixture(table.x.shape[1], components, covariance=shape)
     settings = {"guide": guide, "num_restarts": num_restarts, "max_steps": max_steps, "seed": seed}
-    fit_and_write(model, table, out, settings, as_json=as_json)
+    fit_and_write(model, table, out, settings, file=data, as_json=as_json)
 
 
 @fit.command("hmm", epilog="Example: latentlab fit hmm counts.csv --states 2 --emission poisson")
@@ -71,11 +77,13 @@ def fit_hmm(
     and integrated out. --columns are those that are modelled, besides --id and --time. Ids may be
     text; times are numbers or dates, as 2026-01-31.
     """
-    with bad_input():
+    with bad_input(data):
         from latentlab.data.load import load_steps
 
         if emission == "categorical" and categories is None:
             raise ValueError("--categories: expected the number of codes of a column, 0 to C - 1")
+        if emission != "categorical" and categories is not None:
+            raise ValueError(f"--categories: is for --emission categorical, not {emission}")
         keys = [name for name in (id, time) if name is not None]
         frame = load_steps(data, listed(columns), keys=keys)
         found = ll.data.as_sequences(frame, id=id, time=time, argument=str(data))
@@ -83,7 +91,7 @@ def fit_hmm(
             states, found.x.shape[-1], emissions=emission, num_categories=categories
         )
     settings = {"guide": guide, "num_restarts": num_restarts, "max_steps": max_steps, "seed": seed}
-    fit_and_write(model, found, out, settings, as_json=as_json)
+    fit_and_write(model, found, out, settings, file=data, as_json=as_json)
 
 
 @fit.command("vae", epilog="Example: latentlab fit vae measurements.csv --latent 2 --out run/")
@@ -112,7 +120,7 @@ def fit_vae(
     Empty cells are missing: their factor is left out of the likelihood.
     """
     x: Any
-    with bad_input():
+    with bad_input(data):
         if data.is_dir():
             x, likelihood = ll.data.load_images(data).x, likelihood or "bernoulli"
             shape: Any = tuple(x.shape[1:])
@@ -126,7 +134,7 @@ def fit_vae(
                 num_features=shape,
             )
     settings = {"batch_size": batch_size, "max_steps": max_steps, "seed": seed}
-    fit_and_write(model, x, out, settings, as_json=as_json)
+    fit_and_write(model, x, out, settings, file=data, as_json=as_json)
 
 
 @fit.command("flow", epilog="Example: latentlab fit flow measurements.csv --out run/")
@@ -144,12 +152,12 @@ def fit_flow(
 
     A tenth of the rows is kept aside and tells when to stop.
     """
-    with bad_input():
+    with bad_input(data):
         table = _table(data, columns)
         with seeded(seed):
             model = ll.FlowDensity(table.x.shape[1], kind)  # type: ignore[arg-type]
     settings = {"batch_size": batch_size, "max_steps": max_steps, "seed": seed}
-    fit_and_write(model, table, out, settings, as_json=as_json)
+    fit_and_write(model, table, out, settings, file=data, as_json=as_json)
 
 
 def _likelihood(words: str) -> Any:  # noqa: ANN401

@@ -12,6 +12,7 @@ import typer
 
 import latentlab as ll
 from latentlab.cli.show import show_line
+from latentlab.cli.wording import as_options
 
 __all__ = [
     "BAD_INPUT",
@@ -35,12 +36,13 @@ class BadInputError(typer.TyperException):
 
 
 @contextmanager
-def bad_input() -> Iterator[None]:
-    """What the library says of the input ends the command with one line."""
+def bad_input(data: object = None) -> Iterator[None]:
+    """What the library says of the input, a file, ends the command with one line."""
     try:
         yield
     except (ImportError, MemoryError, OSError, TypeError, ValueError) as error:
-        raise BadInputError(str(error) or type(error).__name__) from error
+        text = str(error) or type(error).__name__
+        raise BadInputError(as_options(text, data)) from error
 
 
 @contextmanager

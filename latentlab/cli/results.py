@@ -47,12 +47,13 @@ def fit_and_write(
     settings: Mapping[str, Any],
     files: Mapping[str, bytes] | None = None,
     *,
+    file: object = None,
     as_json: bool,
 ) -> None:
-    """Fit, judge, write and show; ``files`` are further ones for the folder."""
+    """Fit, judge, write and show; ``files`` are further ones for the folder, ``file`` the data."""
     with results_in(out) as aside:
         try:
-            with bad_input():
+            with bad_input(file):
                 posterior = ll.fit(model, data, **settings)
         except ll.FitDivergedError as error:
             raise typer.TyperException(str(error)) from error

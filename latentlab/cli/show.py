@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table as Grid
 
+from latentlab.cli.wording import as_options
+
 if TYPE_CHECKING:
     import pandas as pd
     from rich.status import Status
@@ -64,7 +66,7 @@ def show_line(message: str, code: int = 0) -> int:
 
 def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:  # noqa: ANN401
     """A warning as one line on standard error."""
-    show_line(f"warning: {message}")
+    show_line(as_options(f"warning: {message}"))
 
 
 def show(text: str) -> None:
@@ -78,7 +80,7 @@ def show_verdict(verdict: ll.Verdict) -> None:
     grid = Grid.grid(padding=(0, 2))
     for word, lines in (("why", verdict.reasons), ("try", verdict.next_steps)):
         for line in lines:
-            grid.add_row(f"  {word}", line)
+            grid.add_row(f"  {word}", as_options(line))
     console().print(grid)
     show("")
 

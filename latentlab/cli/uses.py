@@ -35,7 +35,7 @@ def check(
     A fit does not hold its data: without --data this is the verdict that was stored with it, with
     --data everything is measured anew.
     """
-    with bad_input(), busy("checking the fit"):
+    with bad_input(data), busy("checking the fit"):
         posterior = ll.load(run)
         if data is not None:
             posterior = ll.load(run, data=read_for(posterior, data, columns, id, time).x)
@@ -65,7 +65,7 @@ def predict(
     FILE has one line for each row of DATA, in the same order; the columns of --id and --time stay
     with them. Numbers of components and states are those of summary.csv.
     """
-    with bad_input():
+    with bad_input(data):
         from latentlab.protocols import LabelsRows
 
         posterior = ll.load(run)

@@ -140,9 +140,11 @@ def prepare(
     Returns:
         The pair, ready for :mod:`latentlab.inference.objectives` where the report is ok.
     """
+    _expect_program(model, "model")
     model, guide_function = copy_pair(model, _named_guide(guide))
     evaluation_mode(model, guide_function)
     arguments = as_arguments(data, model)
+    _expect_arguments(model, arguments)
     owner = owner_of(model)
     tell_columns(model, arguments.names)
     if isinstance(owner, ScalesToData):
@@ -160,6 +162,35 @@ def prepare(
     else:
         pair, faults, note = found
     return pair, PairReport(tuple(faults), _describe(pair), (note,) if note else ())
+
+
+def _expect_program(function: object, role: str) -> None:
+    if isinstance(function, type):
+        raise TypeError(f"{role}: got the class {function.__name__}; make one, with its arguments")
+    if not callable(function):
+        raise TypeError(f"{role}: expected a callable with pyro.sample, got {function!r}")
+
+
+def _expect_arguments(model: Callable, data: Arguments) -> None:
+    """Refuse data that the model cannot be called with, before a call that says so from within."""
+    try:
+        signature = inspect.signature(model.forward if isinstance(model, nn.Module) else model)
+    except ValueError:  # of a callable that tells none
+        return
+    try:
+        given = signature.bind(*data.args, **data.kwargs).arguments
+    except TypeError as error:
+        wanted = ", ".join(signature.parameters) or "nothing"
+        raise TypeError(
+            f"data: the model takes {wanted}: {error}; several arguments are a tuple, or a dict "
+            "with their names"
+        ) from error
+    size = given.get("size")
+    if isinstance(size, Tensor) and size.numel() != 1:
+        raise TypeError(
+            f"data: size, the number of rows that x stands for, got shape {tuple(size.shape)}; "
+            "weights of rows need a model that takes them"
+        )
 
 
 def _scale(owner: ScalesToData, data: Arguments, whole: Arguments | None) -> None:
@@ -303,6 +334,8 @@ def _named_guide(guide: Any) -> Any:  # noqa: ANN401
             known = ", ".join(f'"{name}"' for name in ("auto", *_GUIDES))
             raise ValueError(f"guide: expected one of {known}, or a callable, got {guide!r}")
         return _GUIDES.get(guide, Point)()
+    if isinstance(guide, type):
+        _expect_program(guide, "guide")
     if not callable(guide):
         raise TypeError(
             f"guide: expected a callable, a guide of latentlab.guides or a name, got {guide!r}"

@@ -25,6 +25,7 @@ import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
+from latentlab.data.checks import as_count
 from latentlab.diagnostics import (
     Estimate,
     KhatTable,
@@ -164,7 +165,9 @@ def gather(posterior: Posterior, num_samples: int | None, seed: int | None) -> E
     is_point = pair.is_point()
     size = sum(t.numel() for t in pair.data.tensors()) + 1
     affordable = max(_FEWEST_DRAWS, min(_DRAWS, _ELEMENTS // size // 100))
-    num_samples = num_samples or (affordable if pair.vectorised else _FEWEST_DRAWS)
+    if num_samples is None:
+        num_samples = affordable if pair.vectorised else _FEWEST_DRAWS
+    num_samples = as_count(num_samples, "num_samples", minimum=25)
     num_figures = sum(math.prod(z.shape) for z in pair.latents)
     keep = not is_point and num_samples * num_figures <= _KEPT
     draws, log_weights = posterior._weighted(2 if is_point else num_samples, seed, keep)

@@ -130,6 +130,8 @@ def model_faults(trace: Trace) -> Iterator[Fault]:
                 f"is discrete ({type(site['fn']).__name__}) with no finite support, so it cannot "
                 "be summed out; use a distribution with a finite support, or a continuous one",
             )
+        elif isinstance(site["fn"], Delta):
+            yield Fault(name, "is a Delta, which has one value only; use pyro.deterministic")
 
 
 def repeated(trace: Trace) -> Iterator[Fault]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from latentlab.data.checks import as_count
 from latentlab.diagnostics import Estimate, khat_per_column
 from latentlab.inference import objectives
 from latentlab.inference.batches import num_rows
@@ -51,7 +52,9 @@ def gather_by_row(posterior: Posterior, num_samples: int | None, seed: int | Non
 
     pair = posterior.pair
     total = num_rows(pair.data) or 1
-    num_samples = num_samples or _DRAWS
+    num_samples = as_count(
+        _DRAWS if num_samples is None else num_samples, "num_samples", minimum=25
+    )
     with torch.no_grad(), posterior._entered("rows", seed):
         some = looked_at(pair, posterior.seed)
         elbo = elbo_of_rows(some, total, DRAWS_OF_ROWS)
