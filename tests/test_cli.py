@@ -466,8 +466,8 @@ TEXTS = {
     "ragged": ("a,b\n1,2\n3,4,5\n", "line 3 has 3 cells"),
     "text": ("a,b\n1,2\n3,four\n", "column 'b' is not numeric ('four' in line 3"),
     "empty column": ("a,b\n1,\n3,\n5,\n", "column 'b' is all NaN"),
-    "inf": ("a,b\n1,2\n3,inf\n5,6\n", "[1, 1]"),
-    "huge": ("a,b\n1,2\n3,1e200\n5,6\n", "[1, 1]"),
+    "inf": ("a,b\n1,2\n3,inf\n5,6\n", "row 2, column 2"),
+    "huge": ("a,b\n1,2\n3,1e200\n5,6\n", "row 2, column 2"),
     "fewer rows than components": ("a,b\n1,2\n3,4\n", "3 components for 2 rows"),
     "garbage": (bytes(range(256)) * 10, "x.csv"),
 }

@@ -20,10 +20,7 @@ _Steps = Annotated[int, option("N", "Steps at the most.", least=1)]
 _Batch = Annotated[int | None, option("N", "Rows a step; by default all.", least=1)]
 _Guide = Annotated[
     str,
-    option(
-        "NAME",
-        "auto, point, mean_field, low_rank, full_rank, structured or flow.",
-    ),
+    option("NAME", "auto, full_rank, flow, point, ..."),
 ]
 
 
