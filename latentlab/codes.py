@@ -111,5 +111,5 @@ def fit_codes(
             torch.default_generator.manual_seed(as_seed(seed))
             codes = model.posterior(x).rsample()
     mixture = GaussianMixture(model.latent_dim, num_components, covariance="full")
-    how = {"num_restarts": 1, "max_steps": max_steps, "seed": seed}
+    how: dict[str, Any] = {"num_restarts": 1, "max_steps": max_steps, "seed": seed}
     return CodeMixture(model, fit(mixture, codes.double(), "point", **how, progress=False))

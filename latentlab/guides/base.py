@@ -339,8 +339,9 @@ def along_path(
             value = -0.5 * (eps * eps).sum(-1) - log_det - 0.5 * eps.shape[-1] * _LOG_2PI
         else:
             value = -0.5 * ((eps * eps + _LOG_2PI) @ weight) - log_det
-    path = (v * slope).sum(-1)
-    return value + (path - path.detach())
+    # A recorded graph knows of no_grad only what is detached.
+    path = (v * slope.detach()).sum(-1)
+    return value.detach() + (path - path.detach())
 
 
 def _total(log_det: Mapping[str, Tensor], u: Tensor) -> Tensor:

@@ -9,14 +9,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pyro.poutine as poutine
 import torch
 from pyro.infer.autoguide import AutoGuide
 
-from latentlab.data.checks import as_count, as_seed
 from latentlab.diagnostics import Estimate
 from latentlab.guides import Flow, Guide
 from latentlab.inference import objectives
@@ -32,6 +30,7 @@ from latentlab.inference.posterior import Posterior
 from latentlab.inference.restarts import Place, Restarts, distances
 from latentlab.inference.rows import DRAWS_OF_ROWS, elbo_of_rows, looked_at
 from latentlab.inference.sandbox import manual_seed, stream
+from latentlab.inference.settings import RATE, Settings
 from latentlab.inference.stages import (
     INTERRUPTED,
     Climb,
@@ -40,13 +39,13 @@ from latentlab.inference.stages import (
     particle_chunk,
 )
 from latentlab.inference.starts import Starts
+from latentlab.inference.steps import Engine
 from latentlab.protocols import Exchangeable, HoldsOut, owner_of
 
 __all__ = ["FitDivergedError", "fit"]
 
 _log = logging.getLogger("latentlab")
 
-_RATE = 0.05  # of a guide of ours, in posterior standard deviations
 _WARM_UP = 400  # steps from each start
 _MANY_PARAMETERS = 100_000  # above, one start is what a fit can afford
 _FLOW_PARTICLES = 32  # a flow has to see the tails that it bends
@@ -66,6 +65,7 @@ def fit(
     tol: float = 0.03,
     held_out: float | None = None,
     seed: int = 0,
+    backend: Literal["auto", "eager", "xla"] = "auto",
     progress: bool | None = None,
 ) -> Posterior:
     r"""Fit a guide to the posterior of a model by stochastic variational inference.
@@ -104,6 +104,9 @@ def fit(
             how they fare, and a climb with networks ends where they get no better. By default
             what the model asks for, else 0.
         seed: same seed, same machine, same bytes.
+        backend: what takes the steps: ``"eager"`` is Pyro as it is; ``"xla"`` is the pair written
+            down once as a graph, compared with the pair, and compiled, which needs JAX;
+            ``"auto"`` takes XLA where it can. ``posterior.backend`` says which it was, and why.
         progress: a progress bar; by default where stderr is a terminal.
 
     Returns:
@@ -128,7 +131,9 @@ def fit(
     with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
         return _fit(
             *(model, data, guide),
-            _Settings.checked(batch_size, num_restarts, num_particles, max_steps, lr, tol, seed),
+            Settings.checked(
+                batch_size, num_restarts, num_particles, max_steps, lr, tol, seed, backend
+            ),
             held_out,
             progress,
         )
@@ -138,7 +143,7 @@ def _fit(
     model: Callable,
     data: Any,  # noqa: ANN401
     guide: Any,  # noqa: ANN401
-    settings: _Settings,
+    settings: Settings,
     held_out: float | None,
     progress: bool | None,
 ) -> Posterior:
@@ -177,6 +182,7 @@ def _fit(
         stage_elbos=tuple(climb.stage_elbos),
         converged=climb.converged,
         stop_reason=climb.stop_reason,
+        backend=str(climb.engine),
         restarts=restarts,
         notes=(*map(str, report.faults), *report.notes),
         seconds=time.perf_counter() - begin,
@@ -202,45 +208,6 @@ def _kept_aside(
     else:
         share = 0.0 if held_out is None else as_share(held_out)
     return split(as_arguments(data, model), share, seed) if share else (data, None)
-
-
-@dataclass(frozen=True)
-class _Settings:
-    batch_size: int | None
-    num_restarts: int | None
-    num_particles: int | None
-    max_steps: int
-    lr: float | None
-    tol: float
-    seed: int
-
-    @classmethod
-    def checked(
-        cls,
-        batch_size: int | None,
-        num_restarts: int | None,
-        num_particles: int | None,
-        max_steps: int,
-        lr: float | None,
-        tol: float,
-        seed: int,
-    ) -> _Settings:
-        """Settings in range, each fault named."""
-        counts = {
-            "batch_size": batch_size,
-            "num_restarts": num_restarts,
-            "num_particles": num_particles,
-        }
-        checked = {k: v if v is None else as_count(v, k) for k, v in counts.items()}
-        max_steps = as_count(max_steps, "max_steps")
-        for name, value in (("lr", _RATE if lr is None else lr), ("tol", tol)):
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not (number and 0 < value < 1e6):
-                range_ = "< 1e6" if number and 1e6 <= value < math.inf else "> 0"
-                raise ValueError(f"{name}: expected a number {range_}, got {value!r}")
-        if seed is None:
-            raise ValueError("seed: expected an int >= 0, got None")
-        return cls(**checked, max_steps=max_steps, lr=lr, tol=tol, seed=as_seed(seed))
 
 
 def _refusal(faults: tuple[Fault, ...]) -> str:
@@ -338,7 +305,7 @@ def _batches(pair: Pair, batch_size: int | None, seed: int) -> Callable[[int], A
 
 def _climb(
     pair: Pair,
-    settings: _Settings,
+    settings: Settings,
     batch_size: int | None,
     tick: Callable[[int, float], None],
     held: Arguments | None,
@@ -353,13 +320,14 @@ def _climb(
     places: list[Place] = []
     warm: list[tuple[float, Climb | NetworkClimb, State]] = []
     climb, origin, error = None, None, None
+    engine = Engine(pair, settings.backend, num_particles, max_steps)
     try:
         for start in range(num_restarts):
             begin = stream(settings.seed, "start", start)
             batch = _batches(pair, batch_size, begin)
             how = (pair, begin, num_particles, lr, tol, max_steps, batch, tick)
             net = (held, batch_size, finds_rate)
-            climb = NetworkClimb(*how, *net) if networks else Climb(*how)
+            climb = NetworkClimb(*how, engine, *net) if networks else Climb(*how, engine)
             origin = origin or climb.state()
             climb.restore(origin)  # a guide of your own begins where you set it, each time
             try:
@@ -389,7 +357,7 @@ def _climb(
 
 def _further(
     pair: Pair,
-    settings: _Settings,
+    settings: Settings,
     batch_size: int | None,
     tick: Callable[[int, float], None],
     rung: int,
@@ -401,12 +369,12 @@ def _further(
         num_particles = _FLOW_PARTICLES
     lr, batch = _first_rate(pair, settings), _batches(pair, batch_size, seed)
     how = (pair, seed, num_particles, lr, settings.tol, settings.max_steps, batch, tick)
-    return Climb(*how)
+    return Climb(*how, Engine(pair, settings.backend, num_particles, settings.max_steps))
 
 
-def _first_rate(pair: Pair, settings: _Settings) -> float:
+def _first_rate(pair: Pair, settings: Settings) -> float:
     """The rate that was asked for, or what suits the pair."""
-    return settings.lr or (NETWORK_RATE if has_networks(pair) else _RATE)
+    return settings.lr or (NETWORK_RATE if has_networks(pair) else RATE)
 
 
 def _agreement(pair: Pair, elbos: list[Estimate], places: list[Place]) -> Restarts:
@@ -426,7 +394,7 @@ def _best(warm: list[tuple[float, Climb | NetworkClimb, State]]) -> Climb | Netw
     return climb
 
 
-def _affordable(pair: Pair, settings: _Settings, batch_size: int | None) -> tuple[int, int]:
+def _affordable(pair: Pair, settings: Settings, batch_size: int | None) -> tuple[int, int]:
     """Numbers of starts and of particles, where the caller did not say."""
     ours = isinstance(pair.guide, Guide)
     size = sum(p.numel() for p in pair.parameters().values())

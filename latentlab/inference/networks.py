@@ -49,7 +49,7 @@ from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.rows import fewer, looks_by_row, on_rows, over_rows, row_terms
 from latentlab.inference.sandbox import manual_seed, stream
 from latentlab.inference.stages import FitDivergedError, State, evaluate, first_bad_site
-from latentlab.inference.training import step_of
+from latentlab.inference.steps import Engine, Stepper
 from latentlab.protocols import Anneals, owner_of
 
 __all__ = ["NETWORK_RATE", "NetworkClimb", "has_networks", "is_judged_by_row"]
@@ -112,6 +112,7 @@ class NetworkClimb:
         max_steps: steps in all.
         batch: step -> the data of that step.
         tick: called after every step, for a progress bar.
+        engine: what takes the steps.
         held: rows kept aside, to be scored in the place of rows that are fitted.
         batch_size: rows per step; ``None`` for all.
         finds_rate: whether larger rates than ``lr`` are tried first, and the best one is taken.
@@ -125,6 +126,7 @@ class NetworkClimb:
     max_steps: int
     batch: Callable[[int], Arguments]
     tick: Callable[[int, float], None]
+    engine: Engine
     held: Arguments | None = None
     batch_size: int | None = None
     finds_rate: bool = False
@@ -158,7 +160,7 @@ class NetworkClimb:
         for k in range(num_rates):
             self.restore(origin)
             try:
-                average = self._stage(*self._at(rate * _FALL**k), steps)
+                average = self._stage(self._at(rate * _FALL**k), steps)
             except FitDivergedError:
                 if k == 0:
                     raise
@@ -179,8 +181,13 @@ class NetworkClimb:
 
     def until_converged(self) -> None:
         """Stages until the objective gains nothing at several rates, or the steps run out."""
+        self._climb()
+        if not self.engine.still_holds(self.batch, self._mode, max(self.num_steps - 1, 0)):
+            self._climb()  # on, as the pair is
+
+    def _climb(self) -> None:
         rate, idle, falls, top = self.lr, 0, 0, 0.0
-        optimiser, mean = self._at(rate)
+        run = self._at(rate)
         best_state = self.state()
         best = self._score_at(best_state, recorded=bool(self.stage_elbos))
         if self._warm is not None:
@@ -194,7 +201,7 @@ class NetworkClimb:
                 self.stop_reason = f"max_steps: {self.num_steps} steps, {gained}"
                 return
             steps = min(self._length(), self.max_steps - self.num_steps)
-            average = self._stage(optimiser, mean, steps)
+            average = self._stage(run, steps)
             score = self._score_at(average)
             gain = self._gain(score, best)
             if self._annealing() or self._is_gain(gain):
@@ -211,7 +218,7 @@ class NetworkClimb:
                 self.stop_reason = self._why(gain, rate)
                 return
             falls, idle, rate = falls + 1, 0, rate / _FALL
-            optimiser, mean = self._at(rate)
+            run = self._at(rate)
 
     def state(self) -> State:
         """A copy of everything that moves."""
@@ -222,49 +229,61 @@ class NetworkClimb:
         for name, value in self._mode.moving().items():
             value.copy_(state[name])
 
-    def _stage(self, optimiser: torch.optim.Optimizer, mean: _Mean, num_steps: int) -> State:
+    def _stage(self, run: _Run, num_steps: int) -> State:
         """Steps at one rate, and the average of all that were taken at it."""
-        rates = [group["lr"] for group in optimiser.param_groups]
         self.stage_starts.append(self.num_steps)
         good, failures, k = self.state(), 0, 0
         while k < num_steps:
-            value = self._step(optimiser, failures)
-            if not math.isfinite(value):
+            left = num_steps - k
+            size = min(run.stepper.size, left % _AVERAGE_EVERY or left)
+            rates = [run.rate / 2**failures] * size
+            elbos, path = run.stepper.take(self.num_steps, rates, failures)
+            taken = self._note(elbos)
+            k += taken
+            if taken < size:
                 failures += 1
                 if failures > _FAILURES:
-                    manual_seed(stream(self.seed, "step", self.num_steps, _FAILURES))
-                    data = self.batch(self.num_steps)
-                    with self._mode:
-                        where = first_bad_site(self.pair, self.num_particles, data)
-                    raise FitDivergedError(self.num_steps, *where)
+                    raise FitDivergedError(self.num_steps, *self._first_bad_site())
                 self.restore(good)
-                optimiser.state.clear()
-                for group in optimiser.param_groups:
-                    group["lr"] = group["lr"] / 2
-                continue
+                run.stepper = self._at(run.rate).stepper
+            elif len(path):
+                for point in path:
+                    run.mean.add(self._parts(point))
+            elif (num_steps - k) % _AVERAGE_EVERY == 0:
+                run.mean.add([*self._mode.moving().values()])
+        return run.mean.state(self._mode.moving())
+
+    def _at(self, rate: float) -> _Run:
+        parameters = [*self.pair.parameters().values()]
+        optimiser = torch.optim.Adam(parameters, lr=rate, fused=True)
+        how = (self.batch, self.seed, self._mode, _AVERAGE_EVERY, self.num_steps)
+        return _Run(rate, self.engine.stepper(optimiser, *how), _Mean())
+
+    def _note(self, elbos: list[float]) -> int:
+        """Put steps on record, up to the first that is not finite; how many there were."""
+        for count, value in enumerate(elbos):
+            if not math.isfinite(value):
+                return count
             self.losses.append(-value)
             self.tick(self.num_steps, -value)
-            k += 1
-            if (num_steps - k) % _AVERAGE_EVERY == 0:
-                mean.add([*self._mode.moving().values()])
-        for group, rate in zip(optimiser.param_groups, rates, strict=True):
-            group["lr"] = rate
-        return mean.state(self._mode.moving())
+        return len(elbos)
 
-    def _at(self, rate: float) -> tuple[torch.optim.Optimizer, _Mean]:
-        parameters = [*self.pair.parameters().values()]
-        return torch.optim.Adam(parameters, lr=rate, fused=True), _Mean()
+    def _parts(self, point: Tensor) -> list[Tensor]:
+        """The parameters at a place, in their shapes."""
+        like = [*self.pair.parameters().values()]
+        parts = point.split([p.numel() for p in like])
+        return [part.view_as(p) for part, p in zip(parts, like, strict=True)]
 
-    def _step(self, optimiser: torch.optim.Optimizer, attempt: int) -> float:
-        step = self.num_steps
-        manual_seed(stream(self.seed, "step", step, attempt))
+    def _first_bad_site(self) -> tuple[str, float]:
+        manual_seed(stream(self.seed, "step", self.num_steps, _FAILURES))
         with self._mode:
-            return step_of(self.pair, self.num_particles, self.batch(step), step, optimiser)
+            return first_bad_site(self.pair, self.num_particles, self.batch(self.num_steps))
 
     def _length(self) -> int:
         total = num_rows(self.pair.data) or 1
         epoch = math.ceil(total / self.batch_size) if self.batch_size else 1
-        return max(_STAGE[0], min(_STAGE[1], epoch))
+        length = max(_STAGE[0], min(_STAGE[1], epoch))
+        return math.ceil(length / _AVERAGE_EVERY) * _AVERAGE_EVERY
 
     def _score_at(self, state: State, recorded: bool = False) -> Tensor:
         """The objective at a state in nats per datum: of draws and rows (P, M), or of one (M,)."""
@@ -313,6 +332,15 @@ class NetworkClimb:
             f"{what} gained nothing more at {_NUMBER[self._falls]} rates: {gain} nats per datum "
             f"in the last {_PATIENCE} stages (rate {rate:.2g})"
         )
+
+
+@dataclass
+class _Run:
+    """Steps at one rate: what takes them, and the average of where they led."""
+
+    rate: float
+    stepper: Stepper
+    mean: _Mean
 
 
 @dataclass

@@ -65,7 +65,7 @@ class Posterior:
         notes: what the check of the pair noted.
         seconds: wall-clock time of the fit.
         method: how it was climbed.
-        backend: what ran the pair.
+        backend: what took the steps, ``"xla"`` or ``"eager"``, and why.
         ladder: the guides that were tried, in that order, and what was decided at each; empty for
             a single guide.
         fitted_to: sha256 of the data.

@@ -37,7 +37,8 @@ from latentlab.inference.lazy_adam import LazyAdam
 from latentlab.inference.modes import TrainingMode
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.sandbox import manual_seed, stream
-from latentlab.inference.training import SINGULAR, step_of
+from latentlab.inference.steps import Engine, Stepper
+from latentlab.inference.training import SINGULAR
 from latentlab.protocols import HasNetworks, owner_of
 
 __all__ = ["INTERRUPTED", "Climb", "FitDivergedError", "State", "evaluate"]
@@ -94,6 +95,7 @@ class Climb:
         max_steps: steps in all.
         batch: step -> the data of that step.
         tick: called after every step, for a progress bar.
+        engine: what takes the steps.
     """
 
     pair: Pair
@@ -104,6 +106,7 @@ class Climb:
     max_steps: int
     batch: Callable[[int], Arguments]
     tick: Callable[[int, float], None]
+    engine: Engine
     losses: list[float] = field(default_factory=list)
     stage_starts: list[int] = field(default_factory=list)
     stage_elbos: list[Estimate] = field(default_factory=list)
@@ -134,6 +137,11 @@ class Climb:
 
     def until_converged(self) -> None:
         """Stages at falling rates until two agree or the steps run out."""
+        self._climb()
+        if not self.engine.still_holds(self.batch, self._mode, max(self.num_steps - 1, 0)):
+            self._climb()  # on, as the pair is
+
+    def _climb(self) -> None:
         draws = self._draw()
         elbo = self.stage_elbos[-1] if self.stage_elbos else evaluate(self.pair, draws)
         best = _Reached(self.state(), draws, elbo)
@@ -211,25 +219,26 @@ class Climb:
         trail = _Trail(parameters, num_steps, self._networks(), _AT_REST * bool(ours))
         good, failures, halved, stationary = self.state(), 0, 1.0, falling
         fewest = self._stage_steps()[0]
-        k = 0
+        stepper = self._stepper(optimiser, trail.every)
+        k, checked = 0, 0
         while k < num_steps:
-            decay = 0.02 ** (k / num_steps) if falling else 1.0
-            for group in optimiser.param_groups:
-                group["lr"] = rate * halved * decay * group.get("unit", 1.0)
-            loss = self._step(optimiser, attempt=failures)
-            if not math.isfinite(loss):
+            ahead = range(k, min(k + stepper.size, num_steps))
+            decays = [0.02 ** (i / num_steps) if falling else 1.0 for i in ahead]
+            rates = [rate * halved * decay for decay in decays]
+            elbos, path = stepper.take(self.num_steps, rates, failures)
+            taken = self._note(elbos)
+            k += taken
+            if taken < len(elbos):
                 failures += 1
                 if failures > _FAILURES:
                     raise FitDivergedError(self.num_steps, *self._first_bad_site())
                 self.restore(good)
                 optimiser, halved = self._adam(parameters, rate), halved / 2
+                stepper = self._stepper(optimiser, trail.every)
                 continue
-            self.losses.append(loss)
-            self.tick(self.num_steps, loss)
-            k += 1
-            trail.follow(k)
-            if k % _CHECK_EVERY == 0:
-                good, failures = self.state(), 0
+            trail.follow(k, path)
+            if k - checked >= _CHECK_EVERY:
+                good, failures, checked = self.state(), 0, k
                 if not falling and k >= fewest and trail.stationary(_often_moved(optimiser)):
                     stationary = True
                     break
@@ -277,11 +286,18 @@ class Climb:
             return set()
         return {id(parameter) for parameter in guide.network_parameters()}
 
-    def _step(self, optimiser: torch.optim.Optimizer, attempt: int) -> float:
-        step = self.num_steps
-        manual_seed(stream(self.seed, "step", step, attempt))
-        with self._mode:
-            return -step_of(self.pair, self.num_particles, self.batch(step), step, optimiser)
+    def _stepper(self, optimiser: torch.optim.Optimizer, every: int) -> Stepper:
+        how = (self.batch, self.seed, self._mode, every, self.num_steps)
+        return self.engine.stepper(optimiser, *how)
+
+    def _note(self, elbos: list[float]) -> int:
+        """Put steps on record, up to the first that is not finite; how many there were."""
+        for count, value in enumerate(elbos):
+            if not math.isfinite(value):
+                return count
+            self.losses.append(-value)
+            self.tick(self.num_steps, -value)
+        return len(elbos)
 
     def _first_bad_site(self) -> tuple[str, float]:
         manual_seed(stream(self.seed, "step", self.num_steps, 3))
@@ -371,9 +387,11 @@ class _Trail:
         self.every = max(_SNAPSHOT_EVERY, math.ceil(size * num_steps / _TRAIL_NUMBERS))
         self.points: list[Tensor] = []
 
-    def follow(self, step: int) -> None:
-        """Take a snapshot, if it is time to."""
-        if step % self.every == 0:
+    def follow(self, step: int, path: Tensor) -> None:
+        """Keep the places of a path, or take a snapshot, if it is time to."""
+        if len(path):
+            self.points.extend(path)
+        elif step % self.every == 0:
             self.points.append(torch.cat([p.detach().flatten() for p in self.parameters]))
 
     def stationary(self, moved: Tensor | None = None) -> bool:

@@ -165,7 +165,7 @@ class _HMM(BaseEstimator):
             torch.manual_seed(seed)
             chain = self._model.chain(one, Sequences(empty, torch.tensor([N])))
             rows, states = chain.sample_with_states()
-        return rows[0, 0].numpy(), states[0, 0].numpy()
+        return rows[0, 0].double().numpy(), states[0, 0].numpy()
 
     @property
     def verdict_(self) -> Verdict:

@@ -1,0 +1,353 @@
+r"""A step of a fit as a graph: the pair is run once, and what it did to tensors is written down.
+
+.. math:: f(\phi, x, \varepsilon) \to -\mathrm{ELBO}
+
+A pure function of everything that may change from step to step: what moves (parameters and the
+frame of a guide), the data, and the noise, which is an explicit tape of standard draws. The graph
+holds some hundred operations of torch, in order, and no Python; whatever the pair decided while it
+ran is decided for good. Hence :func:`verify`: the graph and the pair are given the same noise, at
+several places, and have to agree.
+
+References:
+    | torch.fx: practical program capture and transformation for deep learning (Reed et al., 2022)
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from latentlab.guides import Guide
+from latentlab.inference.pair import Arguments, Pair
+from latentlab.inference.sandbox import manual_seed, stream
+from latentlab.inference.training import objective
+
+__all__ = ["Noise", "Program", "UntraceableError", "moving", "record", "verify"]
+
+_MOST_OPERATIONS = 6000  # of a graph; a longer one is a loop that was unrolled
+_TAPES = 3
+_SHAKEN = 0.05  # by which parameters are moved for a comparison
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+
+aten: Any = torch.ops.aten
+
+
+class UntraceableError(Exception):
+    """A pair cannot be written down as a graph; the message says why."""
+
+
+class Noise(NamedTuple):
+    """Standard draws of one operation: ``"normal"`` or ``"uniform"``, their shape and dtype."""
+
+    kind: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Program:
+    """The loss of a step as a pure function of tensors.
+
+    Arguments:
+        graph: from what moves, data, constants and noise, in this order, to the loss and the ELBO.
+        names: of what moves, parameters first.
+        num_learned: how many of these are parameters; the others are the frame of a guide.
+        constants: tensors that the pair made or holds, and that stay as they are.
+        noise: what the tape has to hold.
+    """
+
+    graph: fx.GraphModule
+    names: tuple[str, ...]
+    num_learned: int
+    constants: tuple[Tensor, ...]
+    noise: tuple[Noise, ...]
+
+    def __call__(
+        self, state: Sequence[Tensor], data: Sequence[Tensor], noise: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and ELBO, with the gradient of torch."""
+        return self.graph(*state, *data, *self.constants, *noise)
+
+    def draw(self, generator: torch.Generator, num_steps: int) -> list[Tensor]:
+        """Tapes of noise for so many steps, each (num_steps, ...)."""
+        makers: dict[str, Callable] = {"normal": torch.randn, "uniform": torch.rand}
+        return [
+            makers[noise.kind](num_steps, *noise.shape, dtype=noise.dtype, generator=generator)
+            for noise in self.noise
+        ]
+
+    @property
+    def code(self) -> str:
+        """All that the graph does, as text: equal for equal graphs."""
+        return str(self.graph.graph)
+
+
+def moving(pair: Pair) -> dict[str, Tensor]:
+    """Parameters by name, then the frame of a guide of ours."""
+    found = pair.parameters()
+    if isinstance(pair.guide, Guide):
+        own = {f"frame.{k}": v for k, v in pair.guide.named_buffers()}
+        return found | own
+    return found
+
+
+def inputs(data: Arguments) -> list[Tensor]:
+    """The tensors of the data of a step, in order; the rows of a mini-batch are the last."""
+    return data.tensors() + ([] if data.rows is None else [data.rows])
+
+
+def record(pair: Pair, num_particles: int, data: Arguments, step: int = 0) -> Program:
+    """Run a pair, and write down what it does.
+
+    Arguments:
+        pair: the pair, entered, its networks in the mode of a step.
+        num_particles: draws per step P.
+        data: the data of a step; those of others may have other values.
+        step: its number.
+
+    Raises:
+        UntraceableError: if the pair reads values, draws noise of an unknown kind, or is too long.
+    """
+    programs = [_record(pair, num_particles, data, step, seed) for seed in (1, 2)]
+    first, second = programs
+    same = first.code == second.code and all(
+        torch.equal(a, b) or bool((a.isnan() & b.isnan() | (a == b)).all())
+        for a, b in zip(first.constants, second.constants, strict=True)
+    )
+    if not same:
+        raise UntraceableError("it does not do the same twice: it draws numbers beside torch")
+    return first
+
+
+def _record(pair: Pair, num_particles: int, data: Arguments, step: int, seed: int) -> Program:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    given = inputs(data)
+
+    def run(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        rest = iter(tensors)
+        batch = data.map(lambda _: next(rest))
+        if data.rows is not None:
+            batch = Arguments(batch.args, batch.kwargs, batch.names, next(rest))
+        with torch.no_grad():
+            return objective(pair, num_particles, batch, step)[:2]
+
+    kept = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    manual_seed(seed)
+    try:
+        pure = torch.func.functionalize(run)
+        graph = make_fx(pure, tracing_mode="real", _allow_non_fake_inputs=True)(*given)
+    except Exception as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        raise UntraceableError(f"{type(error).__name__}: {first_line}") from error
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
+    count = sum(node.op == "call_function" for node in graph.graph.nodes)
+    if count > _MOST_OPERATIONS:
+        raise UntraceableError(f"it takes {count} operations, of which a loop makes the most")
+    return _made_explicit(graph, moving(pair), len(pair.parameters()))
+
+
+def _made_explicit(graph: fx.GraphModule, state: dict[str, Tensor], num_learned: int) -> Program:
+    """Every tensor from outside, and all noise, becomes an argument of the graph."""
+    nodes = graph.graph
+    first = next(iter(nodes.nodes))
+    with nodes.inserting_before(first):
+        tensors = enumerate(state.values())
+        places = {id(tensor): nodes.placeholder(f"state_{k}") for k, tensor in tensors}
+    last = [node for node in nodes.nodes if node.op == "placeholder"][-1]
+    constants: dict[int, tuple[Tensor, fx.Node]] = {}
+    for node in [node for node in nodes.nodes if node.op == "get_attr"]:
+        tensor = getattr(graph, str(node.target))
+        found = places.get(id(tensor))
+        if found is None:
+            if id(tensor) not in constants:
+                with nodes.inserting_after(last):
+                    last = nodes.placeholder(f"constant_{len(constants)}")
+                constants[id(tensor)] = (tensor.detach(), last)
+            found = constants[id(tensor)][1]
+        node.replace_all_uses_with(found)
+        nodes.erase_node(node)
+    noise: list[Noise] = []
+    for node in [node for node in nodes.nodes if _is_random(node)]:
+        shape, dtype = _made(node)
+        kind, write = _standard(node)
+        with nodes.inserting_after(last):
+            last = nodes.placeholder(f"noise_{len(noise)}")
+        noise.append(Noise(kind, shape, dtype))
+        with nodes.inserting_before(node):
+            node.replace_all_uses_with(write(nodes, last))
+        nodes.erase_node(node)
+    nodes.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    nodes.lint()
+    graph.recompile()
+    fixed = tuple(tensor for tensor, _ in constants.values())
+    return Program(graph, tuple(state), num_learned, fixed, tuple(noise))
+
+
+def _is_random(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _made(node: fx.Node) -> tuple[tuple[int, ...], torch.dtype]:
+    meta = node.meta.get("tensor_meta") or node.meta["val"]
+    return tuple(meta.shape), meta.dtype
+
+
+def _argument(node: fx.Node, place: int, name: str, default: Any) -> Any:  # noqa: ANN401
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
+
+
+def _standard(node: fx.Node) -> tuple[str, Callable[[fx.Graph, fx.Node], fx.Node]]:
+    """The kind of noise of a random operation, and how to make its draws of standard ones."""
+    target = node.target
+
+    def as_it_is(_: fx.Graph, z: fx.Node) -> fx.Node:
+        return z
+
+    def scaled(center: Any, unit: Any) -> Callable[[fx.Graph, fx.Node], fx.Node]:  # noqa: ANN401
+        def write(graph: fx.Graph, z: fx.Node) -> fx.Node:
+            times = aten.mul.Tensor if isinstance(unit, fx.Node) else aten.mul.Scalar
+            plus = aten.add.Tensor if isinstance(center, fx.Node) else aten.add.Scalar
+            return graph.call_function(plus, (graph.call_function(times, (z, unit)), center))
+
+        return write
+
+    def exponential(graph: fx.Graph, u: fx.Node) -> fx.Node:
+        rate = _argument(node, 1, "lambd", 1.0)
+        log = graph.call_function(
+            aten.log1p.default, (graph.call_function(aten.neg.default, (u,)),)
+        )
+        return graph.call_function(aten.div.Scalar, (log, -rate))
+
+    if target in (aten.randn.default, aten.randn_like.default):
+        return "normal", as_it_is
+    if target in (aten.rand.default, aten.rand_like.default):
+        return "uniform", as_it_is
+    if target is aten.normal_functional.default:
+        return "normal", scaled(_argument(node, 1, "mean", 0.0), _argument(node, 2, "std", 1.0))
+    if target in (aten.normal.Tensor_Tensor, aten.normal.float_Tensor, aten.normal.Tensor_float):
+        return "normal", scaled(_argument(node, 0, "mean", 0.0), _argument(node, 1, "std", 1.0))
+    if target is aten.uniform.default:
+        low, high = _argument(node, 1, "from", 0.0), _argument(node, 2, "to", 1.0)
+        return "uniform", scaled(low, high - low)
+    if target is aten.exponential.default:
+        return "uniform", exponential
+    raise UntraceableError(f"it draws with {target}, which has no tape")
+
+
+class _Tape(TorchDispatchMode):
+    """Hand out given noise, in order, in the place of new draws."""
+
+    def __init__(self, noise: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.rest = iter(noise)
+
+    def __torch_dispatch__(
+        self,
+        function: torch._ops.OpOverload,
+        types: Sequence[type],
+        args: tuple = (),
+        kwargs: dict | None = None,
+    ) -> object:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in function.tags:
+            return function(*args, **kwargs)
+        z = next(self.rest)
+        if function in (aten.normal_.default, aten.normal_functional.default):
+            mean, sd = [*args[1:], 0.0, 1.0][:2] if len(args) != 2 else (args[1], 1.0)
+            made = mean + sd * z
+        elif function.overloadpacket is aten.normal:
+            made = args[0] + args[1] * z
+        elif function in (aten.uniform_.default, aten.uniform.default):
+            low, high = [*args[1:], 0.0, 1.0][:2] if len(args) != 2 else (args[1], 1.0)
+            made = low + (high - low) * z
+        elif function in (aten.exponential_.default, aten.exponential.default):
+            made = -torch.log1p(-z) / (args[1] if len(args) > 1 else 1.0)
+        else:
+            return z.clone()
+        return args[0].copy_(made) if function._schema.is_mutable else made
+
+
+Slope = Callable[[Sequence[Tensor], Arguments], tuple[float, Sequence[Tensor]]]
+
+
+def verify(
+    pair: Pair,
+    program: Program,
+    slope: Slope,
+    num_particles: int,
+    data: Sequence[Arguments],
+    step: int = 0,
+) -> None:
+    """Compare a program with the pair itself, on the same noise, at several places.
+
+    Arguments:
+        pair: the pair, entered; its parameters are moved, and put back.
+        program: the program.
+        slope: what runs it: from noise and data to the ELBO and the gradient of the loss.
+        num_particles: draws per step P.
+        data: data of some steps.
+        step: the number of the step that was recorded.
+
+    Raises:
+        UntraceableError: if they do not agree to 1e-5 in single precision, to 1e-9 in double.
+    """
+    state, parameters = moving(pair), pair.parameters()
+    before = {name: tensor.detach().clone() for name, tensor in state.items()}
+    generator = torch.Generator().manual_seed(stream(0, "verify"))
+    # Networks may be in single precision beside data in double.
+    dtypes = {p.dtype for p in parameters.values()} | {noise.dtype for noise in program.noise}
+    tolerance = max((_TOLERANCE.get(dtype, 1e-3) for dtype in dtypes), default=1e-9)
+    compared = 0
+    try:
+        for k in range(_TAPES):
+            for name, p in parameters.items():
+                shaken = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+                p.data.copy_(before[name] + (k > 0) * _SHAKEN * shaken)
+            noise, batch = [z[0] for z in program.draw(generator, 1)], data[k % len(data)]
+            with _Tape(noise):
+                loss, elbo = objective(pair, num_particles, batch, step)
+                slopes = torch.autograd.grad(loss, [*parameters.values()], allow_unused=True)
+            expected = [elbo, *_filled(slopes, [*parameters.values()])]
+            if not all(bool(x.isfinite().all()) for x in expected):
+                continue
+            found, grads = slope(noise, batch)
+            _expect_equal(expected, found, grads, tolerance)
+            compared += 1
+    finally:
+        for name, tensor in state.items():
+            tensor.data.copy_(before[name])
+    if not compared:
+        raise UntraceableError("its loss is finite at none of the places where it was compared")
+
+
+def _filled(slopes: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    return [
+        torch.zeros_like(p) if slope is None else slope
+        for slope, p in zip(slopes, like, strict=True)
+    ]
+
+
+def _expect_equal(
+    expected: list[Tensor], found: float, grads: Sequence[Tensor], tolerance: float
+) -> None:
+    error = abs(found - float(expected[0])) / max(1.0, abs(float(expected[0])))
+    if not error <= tolerance:
+        raise UntraceableError(f"its loss differs by {error:.0e} from that of the pair")
+    size = max((float(x.abs().max()) for x in expected[1:] if x.numel()), default=0.0)
+    for a, b in zip(expected[1:], grads, strict=True):
+        error = float((a - b).abs().max()) / max(size, math.sqrt(tolerance)) if a.numel() else 0.0
+        if not error <= tolerance:
+            raise UntraceableError(f"its gradient differs by {error:.0e} from that of the pair")

@@ -1,0 +1,239 @@
+r"""Many steps in one call: a recorded program, compiled by XLA, where JAX is installed.
+
+.. math::
+    m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad
+    v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
+    \phi \leftarrow \phi - \rho_t \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
+
+Adam as torch takes it, the noise given, the rows of mini-batches taken from data that stay where
+they are. Between calls the parameters are those of the pair.
+
+Letters: n steps of a call.
+
+Reference:
+    | Adam: a method for stochastic optimization (Kingma and Ba, 2015)
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from latentlab.inference.lowerings import lowerings
+from latentlab.inference.program import Program, UntraceableError
+
+__all__ = ["Steps", "has_jax", "read"]
+
+_BETAS = (0.9, 0.999)
+_KEPT = 64  # compiled programs
+
+Array = Any
+
+
+@functools.cache
+def has_jax() -> bool:
+    """Whether JAX is installed."""
+    return importlib.util.find_spec("jax") is not None
+
+
+def read(program: Program) -> Callable:
+    """A graph as a function of JAX arrays.
+
+    Raises:
+        UntraceableError: if it holds an operation that has no lowering.
+    """
+    table = lowerings()
+    nodes = list(program.graph.graph.nodes)
+    steps: list[tuple[fx.Node, Callable]] = []
+    for node in nodes:
+        if node.op != "call_function":
+            continue
+        name = str(node.target).removeprefix("aten.")
+        if name == "<built-in function getitem>":
+            steps.append((node, lambda x, k: x[k]))
+        elif name in table:
+            steps.append((node, table[name]))
+        else:
+            raise UntraceableError(f"the operation {node.target} has no lowering")
+    places = [node for node in nodes if node.op == "placeholder"]
+    (last,) = [node for node in nodes if node.op == "output"]
+
+    def run(*arrays: Array) -> Any:  # noqa: ANN401
+        known = dict(zip(places, arrays, strict=True))
+
+        def value(x: Any) -> Any:  # noqa: ANN401
+            return fx.map_arg(x, lambda node: known[node])
+
+        for node, function in steps:
+            known[node] = function(*value(node.args), **value(_own(node)))
+        return value(last.args[0])
+
+    return run
+
+
+def _own(node: fx.Node) -> dict[str, Any]:
+    """Keyword arguments that mean something to JAX."""
+    foreign = ("layout", "device", "pin_memory", "memory_format", "non_blocking")
+    return {key: value for key, value in node.kwargs.items() if key not in foreign}
+
+
+def _loss(program: Program) -> Callable:
+    function = read(program)
+
+    def loss(learned: Array, frame: Array, data: Array, constants: Array, noise: Array) -> Array:
+        return function(*learned, *frame, *data, *constants, *noise)
+
+    return loss
+
+
+def _arrays(tensors: Sequence[Tensor]) -> tuple:
+    """Tensors as JAX sees them, in the memory that they have."""
+    from jax import dlpack
+    from jax import numpy as jnp
+
+    own = [x.detach().contiguous() for x in tensors]
+    return tuple(
+        jnp.asarray(x.numpy()) if x.dtype == torch.bool else dlpack.from_dlpack(x) for x in own
+    )
+
+
+def _tensor(array: Array) -> Tensor:
+    return torch.utils.dlpack.from_dlpack(array)
+
+
+@dataclass
+class Steps:
+    """Steps of Adam from a state of a pair, many in one call.
+
+    Arguments:
+        program: the program of a step.
+        state: what moves: the parameters of the pair, moved in place, and the frame.
+        data: tensors of all rows.
+        units: for each parameter, what its rate is multiplied by.
+        eps: for each parameter, the epsilon of Adam.
+        batched: whether a step takes some rows.
+    """
+
+    program: Program
+    state: Sequence[Tensor]
+    data: Sequence[Tensor]
+    units: Sequence[float]
+    eps: Sequence[float]
+    batched: bool
+    _moments: Any = field(default=None, repr=False)
+    _held: Any = field(default=None, repr=False)
+
+    def run(
+        self, noise: Sequence[Tensor], rates: Sequence[float], every: int, rows: Tensor | None
+    ) -> tuple[list[float], Tensor]:
+        """Take n steps, and move the parameters.
+
+        Arguments:
+            noise: the tapes of the steps, each (n, ...).
+            rates: of each step, (n,); n is a multiple of ``every``.
+            every: steps between two snapshots.
+            rows: of the mini-batch of each step, (n, B).
+
+        Returns:
+            The ELBO at each step, and the parameters after each ``every`` of them.
+        """
+        import jax
+
+        learned = self.state[: self.program.num_learned]
+        dtype = learned[0].dtype
+        shape = (len(rates) // every, every)
+        with jax.enable_x64(True):
+            if self._held is None:
+                scales = [torch.tensor([*x], dtype=dtype) for x in (self.units, self.eps)]
+                self._held = _arrays(self.data), _arrays(self.program.constants), *_arrays(scales)
+                self._moments = self._new_moments()
+            frame = _arrays([x.clone() for x in self.state[len(learned) :]])
+            carry = _arrays([p.detach().clone() for p in learned]), *self._moments
+            plan = (
+                _arrays([z.reshape(*shape, *z.shape[1:]) for z in noise]),
+                *_arrays([torch.tensor(rates, dtype=dtype).reshape(shape)]),
+                None if rows is None else _arrays([rows.reshape(*shape, -1)])[0],
+            )
+            function = _compiled(self.program, self.batched)
+            (now, *moments), (elbos, path) = function(carry, (frame, *self._held), plan)
+            self._moments = tuple(moments)
+            with torch.no_grad():
+                for parameter, array in zip(learned, now, strict=True):
+                    parameter.copy_(_tensor(array))
+            return _tensor(elbos).flatten().tolist(), _tensor(path)
+
+    def slope(
+        self, noise: Sequence[Tensor], num_steps: int, every: int, rows: Tensor | None
+    ) -> tuple[float, list[Tensor]]:
+        """The ELBO and the gradient of the loss for one tape, by the compiled steps themselves.
+
+        At a rate of zero the same step is taken again and again: the mean of its gradients, which
+        Adam keeps, is the gradient.
+        """
+        import jax
+
+        tapes = [z.expand(num_steps, *z.shape).contiguous() for z in noise]
+        chosen = None if rows is None else rows.expand(num_steps, -1).contiguous()
+        self._held = None
+        elbos, _ = self.run(tapes, [0.0] * num_steps, every, chosen)
+        with jax.enable_x64(True):
+            kept = 1 - _BETAS[0] ** num_steps
+            return elbos[0], [_tensor(m) / kept for m in self._moments[0]]
+
+    def _new_moments(self) -> tuple:
+        # Made as the answers are, so that the second call finds the same program.
+        zeros = [torch.zeros_like(p) for p in self.state[: self.program.num_learned]]
+        return _arrays(zeros), _arrays(zeros), *_arrays([torch.zeros((), dtype=torch.int32)])
+
+
+_compilations: dict[Any, Callable] = {}
+
+
+def _compiled(program: Program, batched: bool) -> Callable:
+    """The steps of a program, compiled once for each graph; JAX adds the shapes."""
+    key = (program.code, program.num_learned, batched)
+    if key not in _compilations:
+        while len(_compilations) >= _KEPT:
+            _compilations.pop(next(iter(_compilations)))
+        _compilations[key] = _built(program, batched)
+    return _compilations[key]
+
+
+def _built(program: Program, batched: bool) -> Callable:
+    import jax
+    from jax import numpy as jnp
+
+    slope_of = jax.value_and_grad(_loss(program), argnums=0, has_aux=True)
+
+    def call(carry: Array, held: Array, plan: Array) -> Array:
+        frame, data, constants, units, eps = held
+
+        def step(carry: Array, now: Array) -> Array:
+            learned, first, second, t = carry
+            noise, rate, rows = now
+            batch = (*(jnp.take(x, rows, axis=0) for x in data), rows) if batched else data
+            (_, elbo), slopes = slope_of(learned, frame, batch, constants, noise)
+            t = t + 1
+            age = t.astype(rate.dtype)
+            wear = [1 - beta**age for beta in _BETAS]
+            moved, firsts, seconds = [], [], []
+            for k, (p, m, v, g) in enumerate(zip(learned, first, second, slopes, strict=True)):
+                firsts.append(m + (1 - _BETAS[0]) * (g - m))
+                seconds.append(_BETAS[1] * v + (1 - _BETAS[1]) * g * g)
+                size = jnp.sqrt(seconds[-1] / wear[1]) + eps[k]
+                moved.append((p - rate * units[k] / wear[0] * firsts[-1] / size).astype(p.dtype))
+            return (tuple(moved), tuple(firsts), tuple(seconds), t), elbo
+
+        def stretch(carry: Array, now: Array) -> Array:
+            carry, elbos = jax.lax.scan(step, carry, now)
+            return carry, (elbos, jnp.concatenate([p.reshape(-1) for p in carry[0]]))
+
+        return jax.lax.scan(stretch, carry, plan)
+
+    return jax.jit(call)
