@@ -462,7 +462,7 @@ VAE = ("vae", "--latent", 1)
         ((*HMM, "--id", "who"), "n\n1\n2\n", ("who",)),
         ((*HMM, "--time", "t"), "n,t\n1,1\n2,1\n", ("time", "again")),
         (HMM, "n\n1\n", ("has 1 row", "at least 2 rows")),
-        (("hmm", "--states", 4), "n\n1\n2\n", ("num_states", "4 states")),
+        (("hmm", "--states", 4), "n\n1\n2\n", ("--states", "4 states")),
         ((*VAE, "--likelihood", "bernoulli"), "n\n0.5\n255\n", ("[0, 1]", "255")),
         ((*VAE, "--likelihood", "poisson"), "n\n1\n-3\n", ("-3",)),
         ((*VAE, "--likelihood", "none"), "n\n1\n3\n", ("none",)),

@@ -279,9 +279,10 @@ def test_a_function_of_any_matrices(name, dtype, seed):
     expect_equal(MATRICES[name], numbers((3, 3), dtype, seed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dims", [1, 2])
-@settings(max_examples=2)
+@settings(max_examples=6)
 @given(
     stride=st.integers(1, 2),
     padding=st.integers(0, 1),
@@ -301,6 +302,7 @@ def test_a_convolution(transposed, dims, stride, padding, dilation, more, dtype,
     expect_equal(lambda x, w, b: getattr(F, kind)(x, w, b, **how), x, weight, bias)
 
 
+@pytest.mark.slow
 @settings(max_examples=6)
 @given(
     K=st.integers(1, 3),
@@ -322,6 +324,14 @@ def test_the_likelihood_of_a_chain(K, T, batch, ragged, dtype, seed):
         return hmm.log_prob(initial.softmax(-1), transitions.softmax(-1), seen, lengths=lengths)
 
     expect_equal(log_prob, initial, transitions, seen)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_convolution_of_images(transposed):
+    x = numbers((2, 2, 5, 5), torch.float64, 0)
+    weight, bias = numbers((2, 2, 3, 3), torch.float64, 1), numbers((2,), torch.float64, 2)
+    function = F.conv_transpose2d if transposed else F.conv2d
+    expect_equal(lambda x, w, b: function(x, w, b, stride=2, padding=1), x, weight, bias)
 
 
 def test_a_chain_with_zeros_and_a_gap_of_900_nats():

@@ -21,6 +21,7 @@ jax = pytest.importorskip("jax")
 ROWS = torch.randn(40, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1
 LABELS = (ROWS[:, 0] > 1).double()
 BRIEF = {"num_restarts": 1, "max_steps": 700, "progress": False}
+BY_XLA = BRIEF | {"backend": "xla"}
 
 
 def mean_of(x):
@@ -222,15 +223,15 @@ def test_what_cannot_be_written_down_is_run_as_it_is(model, guide, why):
 
 def test_without_jax_pyro_takes_the_steps(monkeypatch):
     monkeypatch.setattr("latentlab.inference.xla.has_jax", lambda: False)
-    posterior = ll.fit(mean_of, ROWS, "mean_field", **BRIEF)
+    posterior = ll.fit(mean_of, ROWS, "mean_field", backend="auto", **BRIEF)
     assert posterior.backend == "eager: JAX is not installed: pip install 'latentlab[xla]'"
 
 
 def test_few_steps_are_not_worth_a_compilation():
-    posterior = ll.fit(mean_of, ROWS, "mean_field", **BRIEF | {"max_steps": 50})
+    how = BRIEF | {"max_steps": 50}
+    posterior = ll.fit(mean_of, ROWS, "mean_field", backend="auto", **how)
     assert posterior.backend == "eager: a compilation is not worth 50 steps"
-    posterior = ll.fit(mean_of, ROWS, "mean_field", backend="xla", **BRIEF | {"max_steps": 50})
-    assert posterior.backend == "xla"
+    assert ll.fit(mean_of, ROWS, "mean_field", backend="xla", **how).backend == "xla"
 
 
 def test_the_backend_is_asked_for_by_name():
@@ -261,7 +262,7 @@ def test_mini_batches_are_taken_where_the_data_are():
 
 
 def test_the_same_seed_gives_the_same_bytes_and_the_file_says_how(tmp_path):
-    fits = [ll.fit(mean_of, ROWS, "mean_field", seed=s, **BRIEF) for s in (3, 3, 4)]
+    fits = [ll.fit(mean_of, ROWS, "mean_field", seed=s, **BY_XLA) for s in (3, 3, 4)]
     states = [torch.cat([v.flatten() for v in p.params.values()]) for p in fits]
     assert torch.equal(states[0], states[1])
     assert not torch.equal(states[0], states[2])
@@ -272,7 +273,7 @@ def test_the_same_seed_gives_the_same_bytes_and_the_file_says_how(tmp_path):
 def test_nothing_of_jax_and_torch_is_changed():
     before = jax.config.jax_enable_x64, torch.get_num_threads(), torch.get_default_dtype()
     state, other = torch.get_rng_state(), np.random.get_state()[1].copy()
-    ll.fit(mean_of, ROWS, "mean_field", **BRIEF)
+    ll.fit(mean_of, ROWS, "mean_field", **BY_XLA)
     after = jax.config.jax_enable_x64, torch.get_num_threads(), torch.get_default_dtype()
     assert after == before
     assert torch.equal(state, torch.get_rng_state())
@@ -294,3 +295,16 @@ def test_a_pair_that_changes_after_it_was_written_down_is_noticed():
         held.scale = 2.0
         assert not engine.still_holds(lambda step: pair.data, mode, 0)
     assert str(engine).startswith("eager: at the end of a climb by XLA its loss differs by")
+
+
+def test_an_amortised_guide_takes_mini_batches_too():
+    def local(x, size=None):
+        with ll.rows(x, size):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x[:, 0])
+
+    guide = ll.guides.Amortised(hidden_dims=(4,), seed=0)
+    posterior = ll.fit(local, ROWS, guide, batch_size=10, **BRIEF | {"backend": "auto"})
+    found = posterior.sample(200)["z"].mean(0)
+    again = ll.fit(local, ROWS, guide, batch_size=10, **BY_XLA)
+    assert torch.corrcoef(torch.stack([found, again.sample(200)["z"].mean(0)]))[0, 1] > 0.98

@@ -65,7 +65,7 @@ def fit(
     tol: float = 0.03,
     held_out: float | None = None,
     seed: int = 0,
-    backend: Literal["auto", "eager", "xla"] = "auto",
+    backend: Literal["auto", "eager", "xla"] = "eager",
     progress: bool | None = None,
 ) -> Posterior:
     r"""Fit a guide to the posterior of a model by stochastic variational inference.
@@ -106,7 +106,8 @@ def fit(
         seed: same seed, same machine, same bytes.
         backend: what takes the steps: ``"eager"`` is Pyro as it is; ``"xla"`` is the pair written
             down once as a graph, compared with the pair, and compiled, which needs JAX;
-            ``"auto"`` takes XLA where it can. ``posterior.backend`` says which it was, and why.
+            ``"auto"`` takes XLA where it can and where it pays. ``posterior.backend`` says which
+            it was, and why.
         progress: a progress bar; by default where stderr is a terminal.
 
     Returns:

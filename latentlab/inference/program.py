@@ -151,6 +151,8 @@ def _record(pair: Pair, num_particles: int, data: Arguments, step: int, seed: in
         first_line = (str(error).splitlines() or [""])[0]
         raise UntraceableError(f"{type(error).__name__}: {first_line}") from error
     finally:
+        if isinstance(pair.guide, Guide):
+            pair.guide.forget()
         random.setstate(kept[0])
         np.random.set_state(kept[1])
     count = sum(node.op == "call_function" for node in graph.graph.nodes)

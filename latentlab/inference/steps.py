@@ -29,7 +29,7 @@ Backend = Literal["auto", "eager", "xla"]
 
 _STEPS = 100  # of a call, after which the place is looked at
 _NUMBERS = 2**23  # of noise in a call
-_FEWEST_STEPS = 500  # for which a compilation is worth its second
+_FEWEST_STEPS = 2000  # for which a compilation is worth its seconds
 
 
 @dataclass

@@ -13,7 +13,8 @@ from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoNormal
 
 from latentlab.inference.check import prepare
-from latentlab.inference.stages import Climb
+from latentlab.inference.modes import TrainingMode
+from latentlab.inference.steps import Engine
 
 from . import Table, Timing, machine, take_turns
 
@@ -88,22 +89,15 @@ def our_steps(model, data):
     """A function that takes steps as ``fit`` does."""
     pair, report = prepare(model, data, "mean_field")
     assert report.ok, report
-    climb = Climb(
-        pair,
-        seed=0,
-        num_particles=1,
-        lr=0.01,
-        tol=0.0,
-        max_steps=10**9,
-        batch=lambda step: pair.data,
-        tick=lambda step, loss: None,
-    )
+    engine = Engine(pair, "eager", num_particles=1, max_steps=10**9)
     optimiser = torch.optim.Adam(pair.parameters().values(), lr=0.01, fused=True)
+    how = (lambda step: pair.data, 0, TrainingMode(pair), 1, 0)
+    stepper, taken = engine.stepper(optimiser, *how), []
 
     def steps(number):
         with pair.entered(seed=0):
             for _ in range(number):
-                climb.losses.append(climb._step(optimiser, attempt=0))
+                taken.extend(stepper.take(len(taken), [0.01], 0)[0])
 
     return steps
 

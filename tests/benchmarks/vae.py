@@ -13,6 +13,7 @@ from latentlab.inference.batches import BatchRows, take
 from latentlab.inference.check import prepare
 from latentlab.inference.networks import NetworkClimb
 from latentlab.inference.pair import Arguments
+from latentlab.inference.steps import Engine
 
 from . import Table, machine, take_turns
 from .svi import spread
@@ -89,12 +90,14 @@ def our_steps(x):
     def batch(step):
         return Arguments(take(pair.data, rows(step)).args, {"size": len(x)})
 
-    climb = NetworkClimb(pair, 0, 1, 1e-3, 0.03, 10**6, batch, lambda *_: None, None, BATCH)
-    optimiser, mean = climb._at(1e-3)
+    engine = Engine(pair, "eager", num_particles=1, max_steps=10**6)
+    how = (pair, 0, 1, 1e-3, 0.03, 10**6, batch, lambda *_: None, engine)
+    climb = NetworkClimb(*how, batch_size=BATCH)
+    steps = climb._at(1e-3)
 
     def run(calls):
         with pair.entered(0):
-            climb._stage(optimiser, mean, calls)
+            climb._stage(steps, calls)
 
     return run
 
