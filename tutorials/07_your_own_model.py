@@ -136,10 +136,11 @@ for fault in ll.check_pair(model, data, misspelt).faults[:2]:
 # %% [markdown]
 # ## Fit it, and ask for the verdict
 #
-# First the quick way: a guide that knows no correlations.
+# First the quick way: a guide that knows no correlations. `backend="auto"` has XLA take the steps
+# where JAX is installed, which is four times as fast here; the answer is the same without.
 
 # %%
-quick = ll.fit(model, data, guide="mean_field", seed=0)
+quick = ll.fit(model, data, guide="mean_field", seed=0, backend="auto")
 print(quick.check())
 
 # %% [markdown]
@@ -147,7 +148,7 @@ print(quick.check())
 # correlations is too narrow. So do what it says.
 
 # %%
-posterior = ll.fit(model, data, guide="full_rank", seed=0)
+posterior = ll.fit(model, data, guide="full_rank", seed=0, backend="auto")
 print(posterior.check())
 
 # %%
@@ -180,7 +181,7 @@ def refined(day, person, reaction=None):
         return pyro.sample("reaction", dist.Normal(mean, error), obs=reaction)
 
 
-other = ll.fit(refined, data, guide="full_rank", seed=0)
+other = ll.fit(refined, data, guide="full_rank", seed=0, backend="auto")
 print(other.check())
 
 # %% [markdown]
