@@ -22,6 +22,7 @@ from latentlab.data.checks import as_count, as_seed
 from latentlab.inference.engine import fit
 from latentlab.inference.posterior import Posterior
 from latentlab.models import Autoencoder, GaussianMixture, VariationalAutoencoder
+from latentlab.seeds import seeded
 
 __all__ = ["CodeMixture", "fit_codes"]
 
@@ -49,8 +50,7 @@ class CodeMixture:
         mixture = cast(GaussianMixture, self.posterior.model).mixture(
             self.posterior.sample(1, seed=seed)
         )
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(as_seed(seed))
+        with torch.no_grad(), seeded(as_seed(seed)):
             return mixture.sample((num_samples,)).reshape(num_samples, -1)
 
     def sample(self, num_samples: int, seed: int = 0) -> Tensor:
@@ -107,8 +107,7 @@ def fit_codes(
     if isinstance(model, Autoencoder):
         codes = model.encode(x)
     else:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(as_seed(seed))
+        with torch.no_grad(), seeded(as_seed(seed)):
             codes = model.posterior(x).rsample()
     mixture = GaussianMixture(model.latent_dim, num_components, covariance="full")
     how: dict[str, Any] = {"num_restarts": 1, "max_steps": max_steps, "seed": seed}

@@ -31,7 +31,6 @@ def linear(D=5, L=2):
 
 
 def small(**arguments):
-    torch.manual_seed(0)
     return ll.Autoencoder(**{"num_features": 5, "hidden_dims": (16,), **arguments})
 
 

@@ -14,7 +14,7 @@ MODULES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE
 # From the ground up. A part imports itself and the floors below, never its neighbours: the two
 # towers do not see each other. The report draws plain arrays, and so stands on the ground.
 FLOORS = (
-    ("data", "diagnostics", "distributions", "nn", "protocols", "report", "supports"),
+    ("data", "diagnostics", "distributions", "nn", "protocols", "report", "seeds", "supports"),
     ("flows", "plates"),
     ("guides",),
     ("inference", "models"),

@@ -188,8 +188,7 @@ def mean_elbo(vae, x):
 
 
 def small(likelihood="gaussian", D=3, seed=0, **settings):
-    torch.manual_seed(seed)
-    settings = {"num_features": D, "latent_dim": 1, "hidden_dims": (8,), **settings}
+    settings = {"num_features": D, "latent_dim": 1, "hidden_dims": (8,), "seed": seed, **settings}
     return ll.VariationalAutoencoder(likelihood=likelihood, **settings).double()
 
 
@@ -731,3 +730,18 @@ def test_trying_a_network_out_changes_nothing():
     assert torch.equal(torch.get_rng_state(), state)
     assert nets[0][1].num_batches_tracked == 0
     assert nets[0].training
+
+
+@pytest.mark.parametrize("family", [ll.VariationalAutoencoder, ll.Autoencoder, ll.FlowDensity])
+def test_first_weights_are_those_of_the_seed_and_take_no_one_elses_numbers(family):
+    def weights(seed):
+        return torch.cat([p.flatten() for p in family(num_features=3, seed=seed).parameters()])
+
+    state = torch.get_rng_state()
+    first = weights(0)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.rand(3)
+    assert torch.equal(first, weights(0))
+    assert not torch.equal(first, weights(1))
+    with pytest.raises(ValueError, match="seed"):
+        weights(-1)

@@ -81,7 +81,6 @@ def normal(scale):
     return Gaussian(scale=scale, units="table")  # one unit for all pixels
 
 
-torch.manual_seed(0)  # networks start at random
 candidates = {
     "AE, BCE": ll.Autoencoder(loss="bce", held_out=0.0, **networks),
     "AE, MSE": ll.Autoencoder(loss="mse", held_out=0.0, **networks),

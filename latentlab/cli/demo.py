@@ -10,7 +10,7 @@ import typer
 
 import latentlab as ll
 from latentlab.cli.commands import app
-from latentlab.cli.inputs import bad_input, seeded
+from latentlab.cli.inputs import bad_input
 from latentlab.cli.options import Json, Out, Seed
 from latentlab.cli.results import fit_and_write
 
@@ -78,10 +78,13 @@ def _digits(seed: int) -> _Demo:
         buffer = io.BytesIO()
         Image.fromarray(picture).save(buffer, format="PNG")
         files[f"digits/{i:03}.png"] = buffer.getvalue()
-    with seeded(seed):
-        model = ll.VariationalAutoencoder(
-            likelihood="bernoulli", latent_dim=8, num_features=(1, 8, 8), hidden_dims=(64,)
-        )
+    model = ll.VariationalAutoencoder(
+        likelihood="bernoulli",
+        latent_dim=8,
+        num_features=(1, 8, 8),
+        hidden_dims=(64,),
+        seed=seed,
+    )
     settings = {"batch_size": 128, "held_out": 0.1, "max_steps": 10_000}
     return model, torch.from_numpy(pixels).float()[:, None] / 255, files, settings
 
@@ -91,7 +94,6 @@ def _moons(seed: int) -> _Demo:
     from sklearn.datasets import make_moons
 
     points, _ = make_moons(500, noise=0.1, random_state=seed)
-    with seeded(seed):
-        model = ll.FlowDensity(2, "coupling_nsf", hidden_dims=(32,))
+    model = ll.FlowDensity(2, "coupling_nsf", hidden_dims=(32,), seed=seed)
     frame = pd.DataFrame(points, columns=["x", "y"])
     return model, *_table(frame, "moons.csv"), {"max_steps": 6000}

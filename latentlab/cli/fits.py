@@ -9,7 +9,7 @@ import typer
 
 import latentlab as ll
 from latentlab.cli.commands import fit
-from latentlab.cli.inputs import bad_input, listed, seeded
+from latentlab.cli.inputs import bad_input, listed
 from latentlab.cli.options import Columns, Data, Json, Out, Seed, option
 from latentlab.cli.results import fit_and_write
 
@@ -124,12 +124,12 @@ def fit_vae(
         else:
             x = _table(data, columns)
             shape = x.x.shape[1]
-        with seeded(seed):
-            model = ll.VariationalAutoencoder(
-                likelihood=_likelihood(likelihood or "gaussian"),
-                latent_dim=latent,
-                num_features=shape,
-            )
+        model = ll.VariationalAutoencoder(
+            likelihood=_likelihood(likelihood or "gaussian"),
+            latent_dim=latent,
+            num_features=shape,
+            seed=seed,
+        )
     settings = {"batch_size": batch_size, "max_steps": max_steps, "seed": seed}
     fit_and_write(model, x, out, settings, file=data, as_json=as_json)
 
@@ -151,8 +151,7 @@ def fit_flow(
     """
     with bad_input(data):
         table = _table(data, columns)
-        with seeded(seed):
-            model = ll.FlowDensity(table.x.shape[1], kind)  # type: ignore[arg-type]
+        model = ll.FlowDensity(table.x.shape[1], kind, seed=seed)  # type: ignore[arg-type]
     settings = {"batch_size": batch_size, "max_steps": max_steps, "seed": seed}
     fit_and_write(model, table, out, settings, file=data, as_json=as_json)
 

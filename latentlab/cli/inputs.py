@@ -22,7 +22,6 @@ __all__ = [
     "expect_writable",
     "listed",
     "names_of",
-    "seeded",
     "warn_of",
 ]
 
@@ -43,16 +42,6 @@ def bad_input(data: object = None) -> Iterator[None]:
     except (ImportError, MemoryError, OSError, TypeError, ValueError) as error:
         text = str(error) or type(error).__name__
         raise BadInputError(as_options(text, data)) from error
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Networks that are built in here start at weights that the seed decides."""
-    import torch
-
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
 
 
 def listed(columns: str | None) -> list[str] | None:

@@ -14,6 +14,7 @@ from latentlab.cli.options import Columns, Data, DrawSeed, Id, Json, OutFile, Ru
 from latentlab.cli.results import EXIT, facts, summary_of, write_images, write_table
 from latentlab.cli.rows import are_images, read_for
 from latentlab.cli.show import busy, show, show_json, show_pairs, show_verdict
+from latentlab.seeds import seeded
 
 __all__ = ["check", "predict", "sample"]
 
@@ -144,8 +145,7 @@ def _sample_sequences(
     draws = posterior._aligned(num_sequences, seed).draws
     names = posterior.names or ll.data.Table(torch.zeros(1, model.num_features)).names
     empty = torch.full((1, T, len(names)), torch.nan, dtype=torch.float64)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         chain = model.chain(draws, ll.data.Sequences(empty, torch.tensor([T])))
         rows, states = chain.sample_with_states()
     order = torch.arange(num_sequences * T)

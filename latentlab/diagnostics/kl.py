@@ -11,8 +11,6 @@ Letter: S draws.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from numpy.typing import ArrayLike
@@ -20,6 +18,7 @@ from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
 from latentlab.diagnostics.estimate import Estimate, to_tensor
+from latentlab.seeds import seeded
 
 __all__ = ["kl", "kl_from_draws"]
 
@@ -92,21 +91,10 @@ def kl_from_draws(log_p: ArrayLike | Tensor, log_q: ArrayLike | Tensor) -> Estim
 def _by_draws(p: Distribution, q: Distribution, num_samples: int, seed: int) -> Estimate:
     shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
     p, q = p.expand(shape), q.expand(shape)
-    with _seeded(seed):
+    with seeded(seed):
         draws = p.sample(torch.Size([num_samples]))
     # What p's own support refuses as well is rounding at an edge that they share.
     if (p.support.check(draws) & ~q.support.check(draws)).any():  # type: ignore[union-attr]
         return Estimate(math.inf, 0.0)
     log_p, log_q = (d.log_prob(draws).double().reshape(num_samples, -1).sum(1) for d in (p, q))
     return kl_from_draws(log_p, log_q)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed torch here only. ``torch.manual_seed`` would also reach devices not in use yet."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices):
-        torch.default_generator.manual_seed(seed)
-        if devices:
-            torch.cuda.manual_seed_all(seed)
-        yield

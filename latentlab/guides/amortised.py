@@ -28,6 +28,7 @@ from latentlab.guides.base import Guide
 from latentlab.guides.hierarchy import Factors, Hierarchy
 from latentlab.guides.layout import Data, Part
 from latentlab.nn import MLP, as_widths
+from latentlab.seeds import seeded
 
 __all__ = ["Amortised"]
 
@@ -127,8 +128,7 @@ class Amortised(Hierarchy):
         self.encoder = (self.given_encoder or self._own_encoder(2 * own)).to(zeros)
 
     def _own_encoder(self, num_outputs: int) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.seed)
+        with seeded(self.seed):
             return MLP(self.num_inputs or 0, self.hidden_dims, num_outputs)
 
     @property

@@ -25,7 +25,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from latentlab.data.checks import as_count, warn_constant
+from latentlab.data.checks import as_count, as_seed, warn_constant
 from latentlab.data.table import Table
 from latentlab.distributions import Bernoulli, Gaussian, Likelihood
 from latentlab.distributions.cells import may_miss
@@ -36,6 +36,7 @@ from latentlab.models.vae_parts import read
 from latentlab.models.vae_pictures import PLOTTED, Coded, plot_autoencoder
 from latentlab.nn import as_widths
 from latentlab.plates import rows
+from latentlab.seeds import seeded
 
 __all__ = ["Autoencoder"]
 
@@ -58,6 +59,7 @@ class Autoencoder(OverRows):
         num_features: D of a table, or (C, H, W) of images, where a network is to be built.
         hidden_dims: widths of the layers that are built, the decoder's in reverse.
         held_out: share of the rows that a fit keeps aside to know when to stop; 0 for none.
+        seed: of the first weights of networks that are built.
 
     Raises:
         ValueError: if a network is neither given nor to be built, or an argument is out of range.
@@ -80,6 +82,7 @@ class Autoencoder(OverRows):
         num_features: int | Sequence[int] | None = None,
         hidden_dims: Sequence[int] = (256,),
         held_out: float = 0.1,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         L = self.latent_dim = as_count(latent_dim, "latent_dim")
@@ -97,7 +100,8 @@ class Autoencoder(OverRows):
         built_here = encoder is None and decoder is None
         self._recipe = {"hidden_dims": [*hidden_dims]} if built_here else None
         plan = nets.Plan(self.likelihood, L, num_features, hidden_dims, missing=False)
-        built = nets.complete(plan, encoder, decoder, num_context=0)
+        with seeded(as_seed(seed)):
+            built = nets.complete(plan, encoder, decoder, num_context=0)
         self.encoder, self.decoder, self.event_shape = built[:3]
 
     @property

@@ -37,6 +37,7 @@ from latentlab.models.gmm_units import mean_and_sd, warn_far
 from latentlab.models.over_rows import OverRows
 from latentlab.nn import as_widths
 from latentlab.plates import rows
+from latentlab.seeds import seeded
 
 __all__ = ["FlowDensity"]
 
@@ -59,6 +60,7 @@ class FlowDensity(OverRows):
         num_transforms: maps in the chain.
         num_bins: bins of the splines.
         held_out: share of the rows that a fit keeps aside to know when to stop; 0 for none.
+        seed: of the first weights.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -88,6 +90,7 @@ class FlowDensity(OverRows):
         num_transforms: int = 3,
         num_bins: int = 8,
         held_out: float = 0.1,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         D = as_count(num_features, "num_features")
@@ -105,8 +108,7 @@ class FlowDensity(OverRows):
             "num_transforms": num_transforms,
             "num_bins": num_bins,
         }
-        with torch.random.fork_rng(devices=[]):  # the same weights to begin with, each time
-            torch.default_generator.manual_seed(0)
+        with seeded(as_seed(seed)):
             flow = flows.make(kind, D, orientation="density", **self.settings)  # type: ignore[arg-type]
         self.flow: Any = flow.double()
         self.register_buffer("loc", torch.zeros(D, dtype=torch.float64))
@@ -172,8 +174,7 @@ class FlowDensity(OverRows):
             seed: of the draws.
         """
         num_samples = as_count(num_samples, "num_samples")
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(as_seed(seed))
+        with torch.no_grad(), seeded(as_seed(seed)):
             return self.distribution().sample((num_samples,))
 
     def label_rows(self, draws: Mapping[str, Tensor], x: Tensor | Table) -> dict[str, Tensor]:

@@ -25,8 +25,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import pyro
@@ -53,6 +52,7 @@ from latentlab.models.vae_parts import (
 from latentlab.models.vae_pictures import PLOTTED, Coded, plot_autoencoder
 from latentlab.nn import as_widths
 from latentlab.plates import rows
+from latentlab.seeds import seeded
 
 __all__ = ["VariationalAutoencoder"]
 
@@ -86,6 +86,7 @@ class VariationalAutoencoder(OverRows):
         beta: weight of the KL in training; the ELBO that is reported has weight one.
         warm_up: steps in which that weight grows from zero.
         free_bits: nats of KL that each latent dimension may use in training for free.
+        seed: of the first weights of networks that are built.
 
     Raises:
         ValueError: if a network is neither given nor to be built, or an argument is out of range.
@@ -117,6 +118,7 @@ class VariationalAutoencoder(OverRows):
         beta: float = 1.0,
         warm_up: int = 0,
         free_bits: float = 0.0,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         L = self.latent_dim = as_count(latent_dim, "latent_dim")
@@ -134,14 +136,12 @@ class VariationalAutoencoder(OverRows):
                 "prior": prior,
                 "num_components": num_components,
             }
-        built = nets.complete(
-            nets.Plan(self.likelihood, L, num_features, hidden_dims, self.missing),
-            encoder,
-            decoder,
-            num_context=2 * L if posterior == "flow" else 0,
-        )
+        plan = nets.Plan(self.likelihood, L, num_features, hidden_dims, self.missing)
+        num_context = 2 * L if posterior == "flow" else 0
+        with seeded(as_seed(seed)):
+            built = nets.complete(plan, encoder, decoder, num_context)
+            self.flow: Any = flow_for(L, built.num_context) if posterior == "flow" else None
         self.encoder, self.decoder, self.event_shape = built[:3]
-        self.flow: Any = flow_for(L, built.num_context) if posterior == "flow" else None
         if prior == "mixture":
             num_components = as_count(num_components, "num_components")
             self.prior: NormalPrior | MixturePrior = MixturePrior(L, num_components)
@@ -228,7 +228,7 @@ class VariationalAutoencoder(OverRows):
             seed: for a flow posterior, whose moments are taken from 200 draws.
         """
         x = self._rows(x)
-        with torch.no_grad(), _seeded(seed):
+        with torch.no_grad(), seeded(as_seed(seed)):
             draws = 1 if self.flow is None else _FEW_DRAWS
             parts = [self._moments(self._posterior(part)) for part in self._chunks(x, draws)]
         loc, scale = (torch.cat(moments) for moments in zip(*parts, strict=True))
@@ -262,7 +262,7 @@ class VariationalAutoencoder(OverRows):
             seed: of the draws.
         """
         num_samples = as_count(num_samples, "num_samples")
-        with torch.no_grad(), _seeded(seed):
+        with torch.no_grad(), seeded(as_seed(seed)):
             return self.distribution(self._prior().expand([num_samples]).sample()).sample()
 
     def traverse(self, dim: int, values: Tensor, z: Tensor | None = None) -> Tensor:
@@ -314,7 +314,7 @@ class VariationalAutoencoder(OverRows):
         x, num_samples = self._rows(x), as_count(num_samples, "num_samples")
         num_codes = as_count(num_codes, "num_codes", 25)
         draws, means, weights = [], [], []
-        with torch.no_grad(), _seeded(seed):
+        with torch.no_grad(), seeded(as_seed(seed)):
             for part in self._chunks(x, max(num_codes, num_samples)):
                 z, log_w = self._weighted(part, num_codes)
                 chosen = dist.Categorical(logits=log_w.T).sample((num_samples,))  # (S, B)
@@ -367,7 +367,7 @@ class VariationalAutoencoder(OverRows):
         some = self._rows(x)
         some = some[:: -(-len(some) // PLOTTED)]
         loc, scale = self.encode(some)
-        with torch.no_grad(), _seeded(0):
+        with torch.no_grad(), seeded(0):
             prior = self._prior().expand([PLOTTED]).sample()
         normal = isinstance(self.prior, NormalPrior)
         rows = Coded(
@@ -427,7 +427,7 @@ class VariationalAutoencoder(OverRows):
         return z, log_p - q.log_prob(z)
 
     def _evidence(self, x: Tensor, num_samples: int, seed: int) -> RowEvidence:
-        with torch.no_grad(), _seeded(seed):
+        with torch.no_grad(), seeded(as_seed(seed)):
             parts = [self._weighted(part, num_samples)[1] for part in self._chunks(x, num_samples)]
         return row_evidence(torch.cat(parts, 1))
 
@@ -441,13 +441,6 @@ class VariationalAutoencoder(OverRows):
 
     def _num_features(self) -> int | list[int]:
         return self.event_shape[0] if len(self.event_shape) == 1 else list(self.event_shape)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(as_seed(seed))
-        yield
 
 
 def _take(z: Tensor, chosen: Tensor) -> Tensor:

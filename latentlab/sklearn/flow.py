@@ -148,13 +148,14 @@ class FlowDensity(DensityMixin, BaseEstimator):
     def _fit(self, X: Any) -> FlowDensity:  # noqa: ANN401
         table = as_rows(read_rows(self, X, reset=True), argument="X", min_rows=2)
         N, D = table.x.shape
-        batch_size = as_count(self.batch_size, "batch_size")
+        batch_size, seed = as_count(self.batch_size, "batch_size"), seed_of(self.random_state)
         model = models.FlowDensity(
             D,
             self.kind,  # type: ignore[arg-type]  # checked there
             hidden_dims=self.hidden_layer_sizes,
             num_transforms=self.n_transforms,
             held_out=self.validation_fraction,
+            seed=seed,
         )
         posterior = fit(
             model,
@@ -162,7 +163,7 @@ class FlowDensity(DensityMixin, BaseEstimator):
             batch_size=batch_size if batch_size < N * (1 - model.held_out) else None,
             max_steps=as_count(self.max_iter, "max_iter"),
             lr=self.learning_rate_init,
-            seed=seed_of(self.random_state),
+            seed=seed,
             progress=bool(self.verbose),
         )
         self.posterior_, self._verdict = posterior, None

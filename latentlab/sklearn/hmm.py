@@ -25,6 +25,7 @@ from latentlab.diagnostics import align
 from latentlab.distributions import hmm
 from latentlab.distributions.emissions import ChecksRows
 from latentlab.inference.engine import fit
+from latentlab.seeds import seeded
 from latentlab.sklearn.rows import check_variances, read_rows, seed_of, told_by
 
 if TYPE_CHECKING:
@@ -161,8 +162,7 @@ class _HMM(BaseEstimator):
         s = seed % len(next(iter(draws.values())))
         empty = torch.full((1, N, self.n_features_in_), torch.nan, dtype=torch.float64)
         one = {site: value[s : s + 1] for site, value in draws.items()}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             chain = self._model.chain(one, Sequences(empty, torch.tensor([N])))
             rows, states = chain.sample_with_states()
         return rows[0, 0].double().numpy(), states[0, 0].numpy()

@@ -24,6 +24,7 @@ from latentlab.data.checks import as_count
 from latentlab.data.table import Table
 from latentlab.inference.engine import fit
 from latentlab.inference.posterior import Posterior
+from latentlab.seeds import seeded
 from latentlab.sklearn.rows import check_variances, read_rows, seed_of, told_by
 
 if TYPE_CHECKING:
@@ -223,8 +224,7 @@ class PPCA(_Transformer):
         check_is_fitted(self, "posterior_")
         N, seed = as_count(n_samples, "n_samples"), self._seed(random_state)
         row = self._model.distribution(self._draws())
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed):
             each = -(-N // _NUM_DRAWS)
             drawn = row.sample((each,)).flatten(0, 2)
             return drawn[torch.randperm(len(drawn))[:N]].numpy(force=True)
@@ -364,15 +364,14 @@ class VAE(_Transformer):
     def _fit(self, table: Table) -> Posterior:
         (N, D), seed = table.x.shape, seed_of(self.random_state)
         batch_size = as_count(self.batch_size, "batch_size")
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            model = models.VariationalAutoencoder(
-                likelihood=self.likelihood,
-                latent_dim=as_count(self.n_components, "n_components"),
-                num_features=D,
-                hidden_dims=self.hidden_layer_sizes,
-                beta=self.beta,
-            ).double()  # rows answer alike whatever others they come with
+        model = models.VariationalAutoencoder(
+            likelihood=self.likelihood,
+            latent_dim=as_count(self.n_components, "n_components"),
+            num_features=D,
+            hidden_dims=self.hidden_layer_sizes,
+            beta=self.beta,
+            seed=seed,
+        ).double()  # rows answer alike whatever others they come with
         share = self.validation_fraction
         number = isinstance(share, int | float) and not isinstance(share, bool)
         if not number or not 0 <= share < 1:
