@@ -6,6 +6,7 @@ A method that is there is used; nothing else about the object is known.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -158,7 +159,30 @@ class NamesDims(Protocol):
 
     @property
     def dims(self) -> Mapping[str, Sequence[str]]:
-        """Site -> names of its axes; the axis ``"feature"`` takes the names of the columns."""
+        """Site -> names of its axes; the axis ``"feature"`` takes the names of the columns.
+
+        ``"feature[1:3]"`` takes those of two of them, counted as Python slices.
+        """
+
+
+def columns_along(axis: str, names: Sequence[str]) -> Sequence[str]:
+    """The names of the columns that an axis goes along; none if it goes along no columns.
+
+    Arguments:
+        axis: name of the axis, as in :attr:`NamesDims.dims`.
+        names: of all columns.
+
+    Example:
+        >>> names = ["time", "count", "kind"]
+        >>> columns_along("feature", names), columns_along("feature[1:3]", names)
+        (['time', 'count', 'kind'], ['count', 'kind'])
+        >>> columns_along("state", names)
+        ()
+    """
+    if axis == "feature":
+        return names
+    part = re.fullmatch(r"feature\[(\d+):(\d+)\]", axis)
+    return names[int(part[1]) : int(part[2])] if part else ()
 
 
 @runtime_checkable

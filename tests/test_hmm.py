@@ -531,3 +531,20 @@ def test_the_likelihood_is_that_of_hmmlearn():
     peer.lambdas_, peer.n_features = values["rates"].numpy(), 1
     ours = model.log_prob([*FORMS], {k: v[None] for k, v in values.items()}).sum()
     assert float(ours) == pytest.approx(peer.score(x, [40, 30]), rel=1e-9)
+
+
+def test_columns_of_several_kinds_keep_their_names():
+    generator = np.random.default_rng(0)
+    columns = {
+        "temp": generator.normal(size=60),
+        "wind": generator.normal(size=60),
+        "count": generator.poisson(4.0, size=60),
+    }
+    model = ll.HiddenMarkovModel(1, num_features=3, emissions=["gaussian", "gaussian", "poisson"])
+    posterior = ll.fit(
+        model, pd.DataFrame(columns), "point", max_steps=2, num_restarts=1, progress=False
+    )
+    found = posterior.summary()
+    assert {("locs", "0, temp"), ("locs", "0, wind"), ("rates", "0, count")} <= set(
+        zip(found["site"], found["index"], strict=True)
+    )

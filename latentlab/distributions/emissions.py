@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -139,6 +140,16 @@ class ProductEmission(nn.Module):
             names[site]: prior
             for part, names in zip(self.parts, self.names, strict=True)
             for site, prior in part.sites().items()
+        }
+
+    @property
+    def spans(self) -> Mapping[str, tuple[int, int]]:
+        """Site -> the first of the columns that it is about, and the one after the last."""
+        ends = list(accumulate(part.num_features for part in self.parts))
+        return {
+            site: (end - part.num_features, end)
+            for end, part, names in zip(ends, self.parts, self.names, strict=True)
+            for site in names.values()
         }
 
     def distribution(self, **values: Tensor) -> Any:  # noqa: ANN401

@@ -158,20 +158,21 @@ class HiddenMarkov(TorchDistribution):
     def sample_states(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """Draws of the states, shape ``(*sample_shape, *batch, T)``."""
         shape = Size(sample_shape) + self.batch_shape
+        T, K = self.num_steps, self.initial.shape[-1]
         with torch.no_grad():
-            ends = self.transitions.cumsum(-1).expand(*shape, *self.transitions.shape[-2:])
-            first = self.initial.cumsum(-1).expand(*shape, -1)
-            noise = torch.rand(*shape, self.num_steps, dtype=ends.dtype, device=ends.device)
-            states: list[Tensor] = []
-            for t in range(self.num_steps):
-                row = first
-                if states:
-                    index = states[-1][..., None, None].expand(*shape, 1, ends.shape[-1])
-                    row = ends.gather(-2, index).squeeze(-2)
-                # Whatever the rounding: the last end is one, a state of probability 0 is skipped.
-                past = noise[..., t, None] * row[..., -1:] >= row
-                states.append(past[..., :-1].sum(-1))
-            return torch.stack(states, -1)
+            ends = self.transitions.cumsum(-1).expand(*shape, K, K)
+            first = self.initial.cumsum(-1).expand(*shape, K)
+            noise = torch.rand(*shape, T, dtype=ends.dtype, device=ends.device)
+            begin = _inverted(first, noise[..., :1])
+            # A step's noise says where it leads from each state; T maps are composed by doubling.
+            maps = _inverted(ends, noise[..., None, 1:].expand(*shape, K, T - 1)).mT
+            span = 1
+            while span < T - 1:
+                later = maps[..., span:, :].gather(-1, maps[..., :-span, :])
+                maps = torch.cat([maps[..., :span, :], later], -2)
+                span *= 2
+            index = begin.unsqueeze(-1).expand(*shape, T - 1, 1)
+            return torch.cat([begin, maps.gather(-1, index).squeeze(-1)], -1)
 
     def _inside(self, device: torch.device) -> Tensor:
         lengths = torch.as_tensor(self.lengths, device=device)
@@ -197,3 +198,12 @@ def log_likelihoods(emission: Any, x: Tensor) -> Tensor:  # noqa: ANN401
     seen = torch.where(seen.isinf(), 0.0, seen)
     x = torch.where(missing.unsqueeze(-1), seen, x)
     return torch.where(missing.unsqueeze(-1), 0.0, emission.log_prob(x.unsqueeze(-2)))
+
+
+def _inverted(ends: Tensor, noise: Tensor) -> Tensor:
+    """Draws in [0, K) by inverting cumulative probabilities, (..., K), at noise (..., T).
+
+    Whatever the rounding: the last end is one, a state of probability 0 is skipped.
+    """
+    points = (noise * ends[..., -1:]).contiguous()
+    return torch.searchsorted(ends.contiguous(), points, right=True).clamp_max(ends.shape[-1] - 1)

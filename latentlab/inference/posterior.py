@@ -30,7 +30,7 @@ from latentlab.inference.restarts import Restarts
 from latentlab.inference.rows import density_of_rows
 from latentlab.inference.sandbox import stream
 from latentlab.inference.stages import particle_chunk
-from latentlab.protocols import Exchangeable, NamesDims, owner_of
+from latentlab.protocols import Exchangeable, NamesDims, columns_along, owner_of
 
 if TYPE_CHECKING:
     import arviz
@@ -479,9 +479,9 @@ class Posterior:
         is_table = is_table and shape == tuple(self.pair.data.tensors()[0].shape)
         for axis, size in enumerate(shape):
             of_table = is_table and axis == 1 and len(shape) == 2
-            is_feature = of_table or self._dims(site, len(shape))[axis] == "feature"
-            named = is_feature and len(names) == size
-            coords.append(list(names) if named else list(map(str, range(size))))
+            axis_name = "feature" if of_table else self._dims(site, len(shape))[axis]
+            columns = columns_along(axis_name, names)
+            coords.append(list(columns) if len(columns) == size else list(map(str, range(size))))
         return coords
 
     def _labels(self, site: str, shape: tuple[int, ...]) -> list[str]:

@@ -167,10 +167,12 @@ class HiddenMarkovModel(nn.Module):
             "transitions": ("state", "move" if self.left_right else "next_state"),
             "x": ("sequence", "step", "feature"),
         }
+        spans = getattr(self.emission, "spans", {})
         for site, prior in self.emission.sites().items():
             own = [f"{site}_{i}" for i in range(len(prior.event_shape))]
-            if own and prior.event_shape[0] == self.num_features:
-                own[0] = "feature"
+            first, end = spans.get(site, (0, self.num_features))
+            if own and prior.event_shape[0] == end - first:
+                own[0] = f"feature[{first}:{end}]" if site in spans else "feature"
             named[site] = ("state", *own)
         return named
 
