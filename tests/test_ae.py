@@ -241,7 +241,7 @@ def test_bad_arguments_are_named(arguments, says):
 @pytest.mark.parametrize(
     ("x", "says"),
     [
-        (255 * torch.ones(5, 5), "max 255; divide by 255"),
+        (255 * torch.ones(5, 5), "max 255; divide by 255, x"),
         (torch.zeros(5, 4), r"expected shape \(N, 5\)"),
         (torch.full((5, 5), torch.inf), "inf"),
         (torch.zeros(1, 5), "1 row"),

@@ -537,3 +537,36 @@ def test_a_masked_network_lets_each_feature_see_all_before_it(kind):
         ValueError, match=r"^hidden_dims: .*at least num_features=12, got \[64, 11\]"
     ):
         flows.make(kind, D, hidden_dims=(64, 11))
+
+
+class Loses:
+    """A flow that gives the log-determinant of each number, or loses a column."""
+
+    num_features = 2
+
+    def __init__(self, way):
+        self.way = way
+
+    def push(self, noise, context=None):
+        if self.way == "numbers":
+            return noise, torch.zeros_like(noise)
+        return (noise if self.way == "pull" else noise[..., :1]), torch.zeros(len(noise))
+
+    def pull(self, value, context=None):
+        return value
+
+
+@pytest.mark.parametrize(
+    ("flow", "message"),
+    [
+        (3, "got int; without num_features, push, pull"),
+        (torch.nn.Linear(2, 2), "got Linear; without num_features, push, pull"),
+        (Loses, "got the class Loses; make one of it"),
+        (Loses("numbers"), r"flow.push: .* got \(100, 2\) and \(100, 2\)"),
+        (Loses("columns"), r"flow.push: .* got \(100, 1\) and \(100,\)"),
+        (Loses("pull"), r"flow.pull: expected a value and a log-determinant"),
+    ],
+)
+def test_what_is_no_flow_is_told(flow, message):
+    with pytest.raises(ValueError, match=message):
+        check_flow(flow, num_samples=100)

@@ -377,7 +377,15 @@ def test_cells_that_cannot_be_are_refused(likelihood, x, message):
     likelihood.check(cells if x[0] >= 0 else cells.abs())
 
 
-@pytest.mark.parametrize(("most", "way"), [(254.0, "x / 255.0"), (2.0, "divide by 2")])
+@pytest.mark.parametrize(
+    ("most", "way"),
+    [
+        (254.0, "x / 255.0"),
+        (2.0, "by 2 or take the Poisson"),
+        (100.0, "x / 255.0"),
+        (2.5, "divide by 2.5"),
+    ],
+)
 def test_bytes_are_told_from_other_numbers(most, way):
     with pytest.raises(ValueError, match=way):
         Bernoulli().bind((2,)).check(torch.tensor([[0.0, most]]))

@@ -282,8 +282,10 @@ class Bernoulli(Likelihood):
         if low < -_ROUNDING or high > 1 + _ROUNDING:
             what, worst = ("max", high) if high > 1 + _ROUNDING else ("min", low)
             way = f"divide by {high:g}" if low >= 0 else "take the Gaussian likelihood"
-            bytes_ = _BYTE // 2 < high <= _BYTE and bool((x == x.floor())[~x.isnan()].all())
-            way = "divide by 255: x / 255.0" if low >= 0 and bytes_ else way
+            whole = bool((x == x.floor())[~x.isnan()].all())
+            if low >= 0 and high <= _BYTE and whole:  # dark images are bytes, too
+                way = "divide by 255, x / 255.0, where these are bytes of images; "
+                way += f"by {high:g} or take the Poisson likelihood where they are counts"
             raise ValueError(f"{argument}: expected [0, 1], got {what} {worst:g}; {way}")
         if low < 0 or high > 1:
             warnings.warn(

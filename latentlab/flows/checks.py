@@ -105,7 +105,8 @@ def check_flow(
         The figures; ``.ok`` says whether all is well, and ``print`` what is not.
 
     Raises:
-        ValueError: if a setting is out of range.
+        ValueError: if a setting is out of range, if ``flow`` lacks what a flow has, or if its
+            push or pull gives other shapes than (S, D) and (S,).
 
     Example:
         >>> from latentlab import flows
@@ -113,15 +114,16 @@ def check_flow(
         True
     """
     num_samples = as_count(num_samples, "num_samples", minimum=100)
+    _expect_flow(flow)
     like = kind_of(flow)
     generator = torch.Generator(like.device).manual_seed(as_seed(seed))
     shape = (num_samples, flow.num_features)
     noise = torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
     contexts = None if context is None else context.expand(num_samples, -1).contiguous()
     with torch.no_grad():
-        value, log_det = flow.push(noise, contexts)
+        value, log_det = _of_rows("push", flow.push(noise, contexts), shape)
         # Another tensor of the same values: what was remembered of the push must not help.
-        back, back_det = flow.pull(value.clone(), contexts)
+        back, back_det = _of_rows("pull", flow.pull(value.clone(), contexts), shape)
         own = standard_normal_log_prob(noise) - log_det
         scored = standard_normal_log_prob(back) + back_det
         log_weights = _log_weights(flow, value, contexts, generator)
@@ -136,6 +138,32 @@ def check_flow(
         khat=float(psis(log_weights).khat) if log_weights.isfinite().any() else math.nan,
         tolerance=tolerance,
     )
+
+
+def _expect_flow(flow: object) -> None:
+    lacks = [name for name in ("num_features", "push", "pull") if not hasattr(flow, name)]
+    if lacks or isinstance(flow, type):
+        what = f"the class {flow.__name__}" if isinstance(flow, type) else type(flow).__name__
+        way = "make one of it" if isinstance(flow, type) else f"without {', '.join(lacks)}"
+        raise ValueError(
+            f"flow: expected an object with num_features, push and pull, got {what}; {way}"
+        )
+
+
+def _of_rows(
+    name: str, found: tuple[Tensor, Tensor], shape: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """What a push or a pull gave, if it has the shapes of a flow."""
+    try:
+        shapes = [tuple(each.shape) for each in found]
+    except (TypeError, AttributeError):
+        shapes = [type(found)]  # type: ignore[list-item]
+    if shapes != [shape, shape[:1]]:
+        raise ValueError(
+            f"flow.{name}: expected a value and a log-determinant of shapes {shape} and "
+            f"{shape[:1]}, got {' and '.join(map(str, shapes))}"
+        )
+    return found
 
 
 def _largest(error: Tensor) -> float:
