@@ -346,3 +346,39 @@ def test_a_chain_with_zeros_and_a_gap_of_900_nats():
     (own,) = torch.autograd.grad(expected, leaf)
     np.testing.assert_allclose(value, expected.item(), rtol=1e-12)
     np.testing.assert_allclose(slope, own.numpy(), atol=1e-12)
+
+
+LED_BACK = {
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "softplus": lambda x: F.softplus(x, beta=2.0, threshold=1.0),
+    "elu": lambda x: F.elu(x, alpha=0.7),
+    "gelu": F.gelu,
+    "gelu by tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "relu": F.relu,
+    "leaky_relu": lambda x: F.leaky_relu(x, 0.2),
+    "hardtanh": lambda x: F.hardtanh(x, -0.5, 0.7),
+    "logsigmoid": F.logsigmoid,
+    "softmax": lambda x: x.softmax(-1),
+    "log_softmax": lambda x: x.log_softmax(0),
+    "slices": lambda x: torch.cat([x[..., 1:] ** 2, x[..., :-1].exp()], -1),
+    "one of several": lambda x: x[1] ** 2 * x[0].exp(),
+    "solve": lambda x: torch.linalg.solve(
+        torch.stack([matrix(x), matrix(x + 1)]), x[:, None, :3].mT
+    ),
+    "solve for vectors": lambda x: torch.linalg.solve(matrix(x), x[0, :3]),
+    "solve from the right": lambda x: torch.linalg.solve(matrix(x), x[:, :3], left=False),
+}
+
+
+@pytest.mark.parametrize("name", LED_BACK)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_slope_that_a_pair_takes_itself(name, dtype):
+    def slope(x):
+        value, pull_back = torch.func.vjp(LED_BACK[name], x)
+        weight = torch.arange(value.numel(), dtype=x.dtype).reshape(value.shape).sin()
+        return pull_back(weight)[0]
+
+    expect_equal(slope, numbers((2, 5), dtype, 3))
+    expect_equal(LED_BACK[name], numbers((2, 5), dtype, 3))

@@ -129,10 +129,6 @@ class Guide(nn.Module, ABC):
         self._make_parameters(zeros)
         return self
 
-    def forget(self) -> None:
-        """Drop the layout of the last mini-batch, which a recorded step has made of no tensors."""
-        self._batch = None
-
     @property
     def num_latents(self) -> int:
         """Numbers in all, on the real line."""

@@ -139,12 +139,11 @@ class Flow(Guide):
         if not torch.is_grad_enabled() or num_particles * self.num_latents > _JACOBIAN_ROWS:
             u, log_det = _Whole(self).push(eps)
             return u, standard_normal_log_prob(eps) - log_det
-        w, log_det = self.flow.push(eps.requires_grad_())
+        w, log_det, slope = _push_with_score(self.flow, eps)
         tril = self._tril()
         v = self.loc + w @ tril.T
-        slope = _score(eps, w, standard_normal_log_prob(eps) - log_det)
         with torch.no_grad():
-            slope = torch.linalg.solve_triangular(tril, slope, upper=False, left=False)
+            slope = torch.linalg.solve_triangular(tril, slope.detach(), upper=False, left=False)
             log_det = log_det + self._log_stretch()
         return self.offset + v @ self.frame.T, along_path(eps, log_det, v, slope)
 
@@ -251,11 +250,19 @@ class _Whole:
         return guide.offset + guide.frame @ guide.loc, guide._scale_tril()
 
 
-def _score(eps: Tensor, w: Tensor, log_q: Tensor) -> Tensor:
-    """The gradient (P, L) of log q(w) with respect to w, for w = f(eps) drawn with a graph."""
-    (slope,) = torch.autograd.grad(log_q.sum(), eps, retain_graph=True)
+def _push_with_score(flow: MaskedFlow | Planar, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Points w = f(eps) with their log-determinants, and the gradient (P, L) of log q(w) in w."""
+
+    def push(eps: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        w, log_det = flow.push(eps)
+        return (w, standard_normal_log_prob(eps) - log_det), log_det
+
+    (w, log_q), pull_back, log_det = torch.func.vjp(push, eps, has_aux=True)  # type: ignore[misc]
     num = w.shape[-1]
     rows = torch.eye(num, dtype=w.dtype, device=w.device)[:, None].expand(num, *w.shape)
-    (jacobian,) = torch.autograd.grad(w, eps, rows, retain_graph=True, is_grads_batched=True)
+    zero, one = torch.zeros_like(w), torch.ones_like(log_q)
+    (slope,) = pull_back((zero, one))
+    (jacobian,) = torch.func.vmap(lambda row: pull_back((row, 0 * one)))(rows)
     # jacobian[i, p, j] = d w_i / d eps_j; slope = J^T score.
-    return torch.linalg.solve(jacobian.movedim(0, -1), slope.unsqueeze(-1)).squeeze(-1)
+    score = torch.linalg.solve(jacobian.movedim(0, -1), slope.unsqueeze(-1)).squeeze(-1)
+    return w, log_det, score

@@ -26,13 +26,16 @@ _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 _CONTAINERS = (list, tuple, dict)
 
 
-def copy_pair(model: Callable, guide: Callable) -> tuple[Callable, Callable]:
+def copy_pair(
+    model: Callable, guide: Callable, shared: Iterable[Tensor] = ()
+) -> tuple[Callable, Callable]:
     """Copies of both, sharing what the originals share; the originals stay as they are.
 
     Arguments:
         model: a function, a module, a bound method, another callable, or one of these in
             ``functools.partial`` or in a handler of Pyro, such as ``pyro.condition``.
         guide: likewise.
+        shared: tensors that the copies hold as the originals do.
 
     Returns:
         The copies.
@@ -49,6 +52,7 @@ def copy_pair(model: Callable, guide: Callable) -> tuple[Callable, Callable]:
     """
     with LOCK:
         copier = _Copier([*_roots(model), *_roots(guide)])
+        copier.memo |= {id(tensor): tensor for tensor in shared}
         return copier(model), copier(guide)
 
 

@@ -1,9 +1,9 @@
 """Operations of torch in terms of ``jax.numpy``: what a recorded graph is made of, one line each.
 
 A graph is that of a step's forward pass, after functionalisation: no operation changes its
-arguments, none draws random numbers. Gradients are JAX's own, so that no ``*_backward`` operation
-is needed. An operation that is missing here is named when a graph is read, and the fit goes on
-without XLA.
+arguments, none draws random numbers. Gradients of the loss are JAX's own; those of
+``lowerings_slopes`` are taken by the pair itself. An operation that is missing here is named when
+a graph is read, and the fit goes on without XLA.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from latentlab.inference.lowerings_arrays import dtype_of, makers, places, shapes
 from latentlab.inference.lowerings_linear import chains, matrices
+from latentlab.inference.lowerings_slopes import slopes
 
 __all__ = ["lowerings"]
 
@@ -34,6 +35,7 @@ def lowerings() -> dict[str, Callable]:
         **places(),
         **matrices(),
         **chains(),
+        **slopes(),
     }
 
 

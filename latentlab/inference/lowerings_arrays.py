@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["dtype_of", "makers", "places", "shapes"]
+__all__ = ["dtype_of", "makers", "places", "select_scatter", "shapes", "slice_scatter"]
 
 Array = Any
 
@@ -196,8 +196,8 @@ def places() -> dict[str, Callable]:
         "scatter.src": _scatter,
         "scatter.value": _scatter,
         "scatter_add.default": functools.partial(_scatter, add=True),
-        "slice_scatter.default": _slice_scatter,
-        "select_scatter.default": _select_scatter,
+        "slice_scatter.default": slice_scatter,
+        "select_scatter.default": select_scatter,
         "one_hot.default": _one_hot,
         "embedding.default": lambda weight, index, *_: weight[index],
         "searchsorted.Tensor": _search,
@@ -247,15 +247,17 @@ def _scatter(x: Array, dim: int, index: Array, value: Array, *, add: bool = Fals
     return x.at[tuple(at)].add(value) if add else x.at[tuple(at)].set(value)
 
 
-def _slice_scatter(
+def slice_scatter(
     x: Array, value: Array, dim: int = 0, start: Array = None, end: Array = None, step: int = 1
 ) -> Array:
+    """An array with a slice of it in the place of another."""
     at: list[Array] = [slice(None)] * x.ndim
     at[dim] = slice(start, None if end is None or end >= 2**62 else end, step)
     return x.at[tuple(at)].set(value)
 
 
-def _select_scatter(x: Array, value: Array, dim: int, index: int) -> Array:
+def select_scatter(x: Array, value: Array, dim: int, index: int) -> Array:
+    """An array with other numbers at one place of an axis."""
     at: list[Array] = [slice(None)] * x.ndim
     at[dim] = index
     return x.at[tuple(at)].set(value)

@@ -31,6 +31,8 @@ def matrices() -> dict[str, Callable]:
         "linalg_cholesky_ex.default": _cholesky,
         "cholesky.default": lambda x, upper=False: _cholesky(x, upper)[0],
         "linalg_inv_ex.default": lambda x, **_: (jnp.linalg.inv(x), jnp.zeros(x.shape[:-2])),
+        "_linalg_solve_ex.default": _solve,
+        "linalg_lu_solve.default": _solve_again,
         "_linalg_slogdet.default": lambda x: (*jnp.linalg.slogdet(x), x, jnp.zeros(x.shape[:-1])),
         "_linalg_det.default": lambda x: (jnp.linalg.det(x), x, jnp.zeros(x.shape[:-1])),
         "_linalg_check_errors.default": lambda *_, **__: None,
@@ -64,6 +66,32 @@ def _triangular_solve(
     a, b = _broadcast(a, b)
     how = {"lower": not upper, "transpose_a": transpose, "unit_diagonal": unitriangular}
     return linalg.triangular_solve(a, b, left_side=True, **how), a
+
+
+def _solve(
+    a: Array, b: Array, *, left: bool = True, check_errors: bool = False
+) -> tuple[Array, Array, Array, Array]:
+    from jax import numpy as jnp
+
+    # A stack of vectors is what torch takes b for where it has one axis less, and the shape of it.
+    as_vectors = b.ndim == 1 or (b.ndim == a.ndim - 1 and b.shape == a.shape[:-1])
+    b = b[..., None] if as_vectors else b
+    if left:
+        found = jnp.linalg.solve(*_broadcast(a, b))
+    else:
+        turned = _broadcast(jnp.swapaxes(a, -1, -2), jnp.swapaxes(b, -1, -2))
+        found = jnp.swapaxes(jnp.linalg.solve(*turned), -1, -2)
+    found = found[..., 0] if as_vectors else found
+    # In the place of its factors a matrix stands for itself, as _solve_again knows.
+    return found, a, jnp.zeros(a.shape[:-1], "int32"), jnp.zeros(a.shape[:-2], "int32")
+
+
+def _solve_again(
+    a: Array, pivots: Array, b: Array, *, left: bool = True, adjoint: bool = False
+) -> Array:
+    from jax import numpy as jnp
+
+    return _solve(jnp.swapaxes(a, -1, -2) if adjoint else a, b, left=left)[0]
 
 
 def _cholesky(x: Array, upper: bool = False, check_errors: bool = False) -> tuple[Array, Array]:
