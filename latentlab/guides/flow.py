@@ -35,6 +35,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from latentlab import flows
 from latentlab.data.checks import as_count
@@ -252,17 +253,32 @@ class _Whole:
 
 def _push_with_score(flow: MaskedFlow | Planar, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Points w = f(eps) with their log-determinants, and the gradient (P, L) of log q(w) in w."""
+    rows = torch.eye(eps.shape[-1], dtype=eps.dtype, device=eps.device)[:, None]
+    rows = rows.expand(-1, *eps.shape)
+    slopes = _slopes if get_proxy_mode() is None else _recorded_slopes
+    w, log_det, slope, jacobian = slopes(flow, eps, rows)
+    # jacobian[i, p, j] = d w_i / d eps_j; slope = J^T score.
+    score = torch.linalg.solve(jacobian.movedim(0, -1), slope.unsqueeze(-1)).squeeze(-1)
+    return w, log_det, score
+
+
+def _slopes(flow: MaskedFlow | Planar, eps: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+    """Points, log-determinants, and the gradients of log q and of each number of w in eps."""
+    w, log_det = flow.push(eps.requires_grad_())
+    log_q = standard_normal_log_prob(eps) - log_det
+    (slope,) = torch.autograd.grad(log_q.sum(), eps, retain_graph=True)
+    (jacobian,) = torch.autograd.grad(w, eps, rows, retain_graph=True, is_grads_batched=True)
+    return w, log_det, slope, jacobian
+
+
+def _recorded_slopes(flow: MaskedFlow | Planar, eps: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+    """The same; slower than torch's own tape, of which no record can be made."""
 
     def push(eps: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
         w, log_det = flow.push(eps)
         return (w, standard_normal_log_prob(eps) - log_det), log_det
 
     (w, log_q), pull_back, log_det = torch.func.vjp(push, eps, has_aux=True)  # type: ignore[misc]
-    num = w.shape[-1]
-    rows = torch.eye(num, dtype=w.dtype, device=w.device)[:, None].expand(num, *w.shape)
-    zero, one = torch.zeros_like(w), torch.ones_like(log_q)
-    (slope,) = pull_back((zero, one))
-    (jacobian,) = torch.func.vmap(lambda row: pull_back((row, 0 * one)))(rows)
-    # jacobian[i, p, j] = d w_i / d eps_j; slope = J^T score.
-    score = torch.linalg.solve(jacobian.movedim(0, -1), slope.unsqueeze(-1)).squeeze(-1)
-    return w, log_det, score
+    (slope,) = pull_back((torch.zeros_like(w), torch.ones_like(log_q)))
+    (jacobian,) = torch.func.vmap(lambda row: pull_back((row, torch.zeros_like(log_q))))(rows)
+    return w, log_det, slope, jacobian
