@@ -5,12 +5,21 @@ import math
 import pytest
 from benchmarks import Table, Timing, flows, svi, take_turns, vae
 
+CASES = svi.cases()
 
-@pytest.mark.parametrize("name", svi.cases())
+
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].of_pyro is not None])
 def test_both_sides_of_a_step_run(name):
-    model, data, enumerates = svi.cases()[name]
-    svi.our_steps(model, data)(2)
-    svi.pyro_steps(model, data, enumerates, validates=True)(2)
+    svi.our_steps(CASES[name])(2)
+    svi.pyro_steps(CASES[name], validates=True)(2)
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].peer])
+def test_a_step_of_numpyro_runs(name):
+    pytest.importorskip("numpyro")
+    svi.our_steps(CASES[name], "xla")(2)
+    svi.their_steps(CASES[name])(2)
 
 
 @pytest.mark.parametrize("kind", ["iaf", "nsf"])

@@ -11,6 +11,7 @@ import torch
 import latentlab as ll
 from latentlab.diagnostics import Estimate
 from latentlab.inference import check, engine, objectives, stages, steps
+from latentlab.inference.batches import Batches
 from latentlab.inference.restarts import Place, Restarts, distances
 
 QUICK = {"num_restarts": 1, "max_steps": 800, "progress": False}
@@ -62,7 +63,7 @@ def test_a_stage_that_falls_is_taken_back(seed, max_steps):
     with pair.entered(seed):
         climb = stages.Climb(
             *(pair, seed, 1, 1e3, 0.03, max_steps),
-            *(lambda step: pair.data, lambda step, loss: None),
+            *(Batches(pair.data), lambda step, loss: None),
             steps.Engine(pair, "auto", 1, max_steps),
         )
         climb.warm_up(400, 0.1)
@@ -92,7 +93,7 @@ def test_a_stage_that_stays_nan_is_taken_back_to_the_best_one(times, monkeypatch
     with pair.entered(0):
         climb = stages.Climb(
             *(pair, 0, 1, 1.0, 0.03, 3000),
-            *(lambda step: pair.data, lambda step, loss: None),
+            *(Batches(pair.data), lambda step, loss: None),
             steps.Engine(pair, "auto", 1, 3000),
         )
         climb.warm_up(400, 0.1)

@@ -14,6 +14,7 @@ from torch.distributions import constraints
 
 import latentlab as ll
 from latentlab.inference import check, program, steps, training
+from latentlab.inference.batches import Batches
 from latentlab.inference.modes import TrainingMode
 
 jax = pytest.importorskip("jax")
@@ -107,7 +108,7 @@ def engine_of(model, data, guide, backend="auto", num_particles=2):
     with pair.entered(0):
         parameters = [*pair.parameters().values()]
         optimiser = torch.optim.Adam(parameters, lr=0.01)
-        stepper = engine.stepper(*(optimiser, lambda step: pair.data, 0, TrainingMode(pair), 2, 0))
+        stepper = engine.stepper(*(optimiser, Batches(pair.data), 0, TrainingMode(pair), 2, 0))
     return engine, stepper, pair
 
 
@@ -159,7 +160,7 @@ def test_a_record_that_is_not_what_the_pair_does_is_noticed():
     spoilt = replace(engine.program, constants=tuple(wrong))
     with pair.entered(0):
         optimiser = torch.optim.Adam([*pair.parameters().values()], lr=0.01)
-        trial = steps.Compiled(pair, optimiser, spoilt, lambda step: pair.data, 0, 2)
+        trial = steps.Compiled(pair, optimiser, spoilt, Batches(pair.data), 0, 2)
         with pytest.raises(program.UntraceableError, match="differs by"):
             program.verify(pair, spoilt, trial.slope, 2, [pair.data])
 
@@ -291,9 +292,9 @@ def test_a_pair_that_changes_after_it_was_written_down_is_noticed():
     engine, _, pair = engine_of(model, ROWS, "mean_field")
     mode = TrainingMode(pair)
     with pair.entered(0):
-        assert engine.still_holds(lambda step: pair.data, mode, 0)
+        assert engine.still_holds(Batches(pair.data), mode, 0)
         held.scale = 2.0
-        assert not engine.still_holds(lambda step: pair.data, mode, 0)
+        assert not engine.still_holds(Batches(pair.data), mode, 0)
     assert str(engine).startswith("eager: at the end of a climb by XLA its loss differs by")
 
 

@@ -14,7 +14,7 @@ from latentlab.inference import predictive
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.sandbox import stream
 
-__all__ = ["BatchRows", "chosen", "follows_rows", "num_rows", "parted", "split", "take"]
+__all__ = ["BatchRows", "Batches", "chosen", "follows_rows", "num_rows", "parted", "split", "take"]
 
 
 def num_rows(data: Arguments) -> int | None:
@@ -67,6 +67,41 @@ class BatchRows:
             generator = torch.Generator().manual_seed(stream(self.seed, "epoch", epoch))
             self._order = epoch, torch.randperm(self.total, generator=generator)
         return self._order[1][place * self.size : (place + 1) * self.size]
+
+
+class Batches:
+    """The data of each step: all rows, or those of its mini-batch.
+
+    Arguments:
+        data: all of them.
+        size: number of rows B of a batch; ``None`` for all.
+        seed: the rows of a step depend on (seed, step) alone.
+    """
+
+    def __init__(self, data: Arguments, size: int | None = None, seed: int = 0) -> None:
+        self.data = data
+        self.total = None if size is None else len(data.tensors()[0])
+        self._rows = None if size is None else BatchRows(self.total or 0, size, seed)
+
+    def rows(self, step: int) -> Tensor | None:
+        """The rows (B,) of a step; ``None`` for all.
+
+        Arguments:
+            step: its number, from 0.
+        """
+        return None if self._rows is None else self._rows(step)
+
+    def __call__(self, step: int) -> Arguments:
+        """The data of a step.
+
+        Arguments:
+            step: its number, from 0.
+        """
+        rows = self.rows(step)
+        if rows is None:
+            return self.data
+        part = take(self.data, rows)
+        return Arguments(part.args, {**part.kwargs, "size": self.total}, part.names, rows)
 
 
 def split(data: Arguments, share: float, seed: int) -> tuple[Arguments, Arguments]:

@@ -19,7 +19,7 @@ from latentlab.diagnostics import Estimate
 from latentlab.guides import Flow, Guide
 from latentlab.inference import objectives
 from latentlab.inference.arguments import as_arguments
-from latentlab.inference.batches import BatchRows, follows_rows, num_rows, split, take
+from latentlab.inference.batches import Batches, follows_rows, num_rows, split, take
 from latentlab.inference.check import Fault, accepts_size, prepare
 from latentlab.inference.checkpoint import fingerprint
 from latentlab.inference.held_out import as_share, measure
@@ -286,22 +286,11 @@ def _follows_rows(pair: Pair, local_plate: str) -> bool:
     return follows and pair.rows_plate() == local_plate
 
 
-def _batches(pair: Pair, batch_size: int | None, seed: int) -> Callable[[int], Arguments]:
-    """Step -> data of that step, from (seed, step) alone."""
-    if batch_size is None:
-        return lambda step: pair.data
-    total = len(pair.data.tensors()[0])
-    if not isinstance(pair.guide, Guide | AutoGuide) and not accepts_size(pair.guide):
+def _batches(pair: Pair, batch_size: int | None, seed: int) -> Batches:
+    is_known = isinstance(pair.guide, Guide | AutoGuide)
+    if batch_size is not None and not is_known and not accepts_size(pair.guide):
         raise ValueError("batch_size: the guide must accept size=..., as the model does")
-
-    rows_of = BatchRows(total, batch_size, stream(seed, "batch"))
-
-    def batch(step: int) -> Arguments:
-        rows = rows_of(step)
-        part = take(pair.data, rows)
-        return Arguments(part.args, {**part.kwargs, "size": total}, part.names, rows)
-
-    return batch
+    return Batches(pair.data, batch_size, stream(seed, "batch"))
 
 
 def _climb(

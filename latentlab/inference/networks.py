@@ -43,7 +43,7 @@ from latentlab.diagnostics import Estimate
 from latentlab.guides import Draws, Guide
 from latentlab.inference import held_out as held_rows
 from latentlab.inference import objectives
-from latentlab.inference.batches import chosen, follows_rows, num_rows, take
+from latentlab.inference.batches import Batches, chosen, follows_rows, num_rows, take
 from latentlab.inference.modes import TrainingMode
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.rows import fewer, looks_by_row, on_rows, over_rows, row_terms
@@ -110,7 +110,7 @@ class NetworkClimb:
         lr: rate of the first stage, in units of the parameters.
         tol: a gain below its square, for each latent of a row, is none.
         max_steps: steps in all.
-        batch: step -> the data of that step.
+        batch: the data of each step.
         tick: called after every step, for a progress bar.
         engine: what takes the steps.
         held: rows kept aside, to be scored in the place of rows that are fitted.
@@ -124,7 +124,7 @@ class NetworkClimb:
     lr: float
     tol: float
     max_steps: int
-    batch: Callable[[int], Arguments]
+    batch: Batches
     tick: Callable[[int, float], None]
     engine: Engine
     held: Arguments | None = None

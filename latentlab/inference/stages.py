@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -40,6 +41,9 @@ from latentlab.inference.sandbox import manual_seed, stream
 from latentlab.inference.steps import Engine, Stepper
 from latentlab.inference.training import SINGULAR
 from latentlab.protocols import HasNetworks, owner_of
+
+if TYPE_CHECKING:
+    from latentlab.inference.batches import Batches
 
 __all__ = ["INTERRUPTED", "Climb", "FitDivergedError", "State", "evaluate"]
 
@@ -93,7 +97,7 @@ class Climb:
             the parameters for any other.
         tol: two stages agree below this shift, in posterior standard deviations.
         max_steps: steps in all.
-        batch: step -> the data of that step.
+        batch: the data of each step.
         tick: called after every step, for a progress bar.
         engine: what takes the steps.
     """
@@ -104,7 +108,7 @@ class Climb:
     lr: float
     tol: float
     max_steps: int
-    batch: Callable[[int], Arguments]
+    batch: Batches
     tick: Callable[[int, float], None]
     engine: Engine
     losses: list[float] = field(default_factory=list)
@@ -277,7 +281,7 @@ class Climb:
         if not isinstance(guide, Guide) or isinstance(guide, HasNetworks):
             return False
         follows = guide.follows_rows and guide.layout.inner.numel() > 0
-        return follows and self.batch(self.num_steps).rows is not None
+        return follows and self.batch.rows(self.num_steps) is not None
 
     def _networks(self) -> set[int]:
         """Which parameters are weights of networks in the guide, by identity."""

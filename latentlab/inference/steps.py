@@ -7,7 +7,7 @@ done torch takes the steps, and the posterior says why.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -21,6 +21,7 @@ from latentlab.inference.training import step_of
 from latentlab.protocols import Anneals, owner_of
 
 if TYPE_CHECKING:
+    from latentlab.inference.batches import Batches
     from latentlab.inference.program import Program
 
 __all__ = ["Backend", "Engine", "Eager", "Compiled", "Stepper"]
@@ -59,7 +60,7 @@ class Engine:
     def stepper(
         self,
         optimiser: torch.optim.Optimizer,
-        batch: Callable[[int], Arguments],
+        batch: Batches,
         seed: int,
         mode: TrainingMode,
         every: int,
@@ -69,7 +70,7 @@ class Engine:
 
         Arguments:
             optimiser: Adam, new.
-            batch: step -> the data of that step.
+            batch: the data of each step.
             seed: all noise comes from (seed, step).
             mode: in which the networks of the pair take a step.
             every: steps between two places that are remembered.
@@ -91,7 +92,7 @@ class Engine:
     def _reason(
         self,
         optimiser: torch.optim.Optimizer,
-        batch: Callable[[int], Arguments],
+        batch: Batches,
         mode: TrainingMode,
         every: int,
         step: int,
@@ -126,19 +127,17 @@ class Engine:
         self.program = program
         return None
 
-    def _compare(self, trial: Compiled, batch: Callable[[int], Arguments], step: int) -> None:
+    def _compare(self, trial: Compiled, batch: Batches, step: int) -> None:
         from latentlab.inference.program import verify
 
         data = [batch(step + k) for k in range(3)]
         verify(self.pair, trial.steps.program, trial.slope, self.num_particles, data, step)
 
-    def still_holds(
-        self, batch: Callable[[int], Arguments], mode: TrainingMode, step: int
-    ) -> bool:
+    def still_holds(self, batch: Batches, mode: TrainingMode, step: int) -> bool:
         """Whether the record is what the pair does, where the climb ended; else it is dropped.
 
         Arguments:
-            batch: step -> the data of that step.
+            batch: the data of each step.
             mode: in which the networks of the pair take a step.
             step: number of the last step.
         """
@@ -163,7 +162,7 @@ class Eager:
     pair: Pair
     optimiser: torch.optim.Optimizer
     num_particles: int
-    batch: Callable[[int], Arguments]
+    batch: Batches
     seed: int
     mode: TrainingMode
     size: int = 1
@@ -188,7 +187,7 @@ class Compiled:
         pair: the pair, whose parameters are moved.
         optimiser: whose groups tell the rates of the parameters; it takes no step itself.
         program: of a step.
-        batch: step -> the data of that step.
+        batch: the data of each step.
         seed: all noise comes from (seed, step).
         every: steps between two places that are remembered.
     """
@@ -198,7 +197,7 @@ class Compiled:
         pair: Pair,
         optimiser: torch.optim.Optimizer,
         program: Program,
-        batch: Callable[[int], Arguments],
+        batch: Batches,
         seed: int,
         every: int,
     ) -> None:
@@ -209,7 +208,7 @@ class Compiled:
         numbers = sum(math.prod(noise.shape) for noise in program.noise)
         size = max(1, min(_STEPS, _NUMBERS // max(numbers, 1)))
         self.size = every * math.ceil(size / every)
-        self.batched = batch(0).rows is not None
+        self.batched = batch.rows(0) is not None
         state = moving(pair)
         of = {id(p): group for group in optimiser.param_groups for p in group["params"]}
         groups = [of[id(p)] for p in pair.parameters().values()]
@@ -237,8 +236,8 @@ class Compiled:
         """
         rows = None
         if self.batched:
-            steps = range(first, first + len(rates))
-            rows = torch.stack([r for r in (self.batch(k).rows for k in steps) if r is not None])
+            taken = (self.batch.rows(k) for k in range(first, first + len(rates)))
+            rows = torch.stack([r for r in taken if r is not None])
         generator = torch.Generator().manual_seed(stream(self.seed, "steps", first, attempt))
         noise = self.steps.program.draw(generator, len(rates))
         every = self.every if len(rates) % self.every == 0 else len(rates)

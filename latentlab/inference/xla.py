@@ -103,6 +103,11 @@ def _arrays(tensors: Sequence[Tensor]) -> tuple:
     )
 
 
+def _plain(tensors: Sequence[Tensor]) -> tuple:
+    """Tensors for one call: JAX is faster at arrays of NumPy than at making its own of them."""
+    return tuple(x.detach().numpy() for x in tensors)
+
+
 def _tensor(array: Array) -> Tensor:
     return torch.utils.dlpack.from_dlpack(array)
 
@@ -153,12 +158,12 @@ class Steps:
                 scales = [torch.tensor([*x], dtype=dtype) for x in (self.units, self.eps)]
                 self._held = _arrays(self.data), _arrays(self.program.constants), *_arrays(scales)
                 self._moments = self._new_moments()
-            frame = _arrays([x.clone() for x in self.state[len(learned) :]])
-            carry = _arrays([p.detach().clone() for p in learned]), *self._moments
+            frame = _plain([x.clone() for x in self.state[len(learned) :]])
+            carry = _plain([p.detach().clone() for p in learned]), *self._moments
             plan = (
-                _arrays([z.reshape(*shape, *z.shape[1:]) for z in noise]),
-                *_arrays([torch.tensor(rates, dtype=dtype).reshape(shape)]),
-                None if rows is None else _arrays([rows.reshape(*shape, -1)])[0],
+                _plain([z.reshape(*shape, *z.shape[1:]) for z in noise]),
+                *_plain([torch.tensor(rates, dtype=dtype).reshape(shape)]),
+                None if rows is None else _plain([rows.reshape(*shape, -1)])[0],
             )
             function = _compiled(self.program, self.batched)
             (now, *moments), (elbos, path) = function(carry, (frame, *self._held), plan)

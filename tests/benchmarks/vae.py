@@ -2,59 +2,19 @@
 
 import itertools
 
-import pyro
-import pyro.distributions as dist
 import torch
-from torch import nn
-from torch.nn.functional import binary_cross_entropy_with_logits, softplus
+from torch.nn.functional import binary_cross_entropy_with_logits
 
-import latentlab as ll
-from latentlab.inference.batches import BatchRows, take
+from latentlab.inference.batches import Batches, BatchRows
 from latentlab.inference.check import prepare
 from latentlab.inference.networks import NetworkClimb
-from latentlab.inference.pair import Arguments
 from latentlab.inference.steps import Engine
 
 from . import Table, machine, take_turns
+from .networks import CELLS, VAE
 from .svi import spread
 
-ROWS, CELLS, HIDDEN, LATENT, BATCH = 6_000, 784, 400, 20, 128
-
-
-class Encoder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.hidden = nn.Linear(CELLS, HIDDEN)
-        self.loc, self.log_scale = nn.Linear(HIDDEN, LATENT), nn.Linear(HIDDEN, LATENT)
-
-    def forward(self, x):
-        h = softplus(self.hidden(x))
-        return self.loc(h), self.log_scale(h).exp()
-
-
-class Decoder(nn.Sequential):
-    def __init__(self):
-        super().__init__(nn.Linear(LATENT, HIDDEN), nn.Softplus(), nn.Linear(HIDDEN, CELLS))
-
-
-class VAE(nn.Module):
-    """Pyro's tutorial, with ``rows``."""
-
-    def __init__(self):
-        super().__init__()
-        self.encoder, self.decoder = Encoder(), Decoder()
-
-    def model(self, x=None, size=None):
-        pyro.module("decoder", self.decoder)
-        with ll.rows(x, size):
-            prior = dist.Normal(torch.zeros(LATENT), torch.ones(LATENT)).to_event(1)
-            logits = self.decoder(pyro.sample("z", prior))
-            return pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
-
-    def guide(self, x=None, size=None):
-        pyro.module("encoder", self.encoder)
-        with ll.rows(x, size):
-            return pyro.sample("z", dist.Normal(*self.encoder(x)).to_event(1))
+ROWS, BATCH = 6_000, 128
 
 
 def plain_steps(x):
@@ -85,11 +45,7 @@ def our_steps(x):
     pair, report = prepare(vae.model, x, vae.guide)
     if not report.ok:
         raise RuntimeError(str(report))
-    rows = BatchRows(len(x), BATCH, 0)
-
-    def batch(step):
-        return Arguments(take(pair.data, rows(step)).args, {"size": len(x)})
-
+    batch = Batches(pair.data, BATCH)
     engine = Engine(pair, "eager", num_particles=1, max_steps=10**6)
     how = (pair, 0, 1, 1e-3, 0.03, 10**6, batch, lambda *_: None, engine)
     climb = NetworkClimb(*how, batch_size=BATCH)
