@@ -61,9 +61,8 @@ def learnt(x):
         pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
 
 
-def vae():
-    torch.manual_seed(0)
-    return ll.VariationalAutoencoder(num_features=2, latent_dim=1, hidden_dims=(4,))
+def vae(**settings):
+    return ll.VariationalAutoencoder(num_features=2, latent_dim=1, hidden_dims=(4,), **settings)
 
 
 def flow():
@@ -96,6 +95,7 @@ PAIRS = {
     "mixture, flow": (ll.GaussianMixture(2, 2), ROWS, "flow"),
     "chain": (ll.HiddenMarkovModel(2, 2), ROWS[:12], "mean_field"),
     "autoencoder": (vae(), ROWS, "auto"),
+    "autoencoder that warms up": (vae(warm_up=500, free_bits=0.01), ROWS, "auto"),
     "flow density": (flow(), ROWS, "auto"),
 }
 
@@ -123,7 +123,10 @@ def test_a_pair_is_written_down_and_compiled(name):
     assert isinstance(stepper, steps.Compiled)
 
 
-@pytest.mark.parametrize("name", ["normal, mean_field", "mixture", "summed out", "autoencoder"])
+@pytest.mark.parametrize(
+    "name",
+    ["normal, mean_field", "mixture", "summed out", "autoencoder", "autoencoder that warms up"],
+)
 def test_the_steps_are_those_of_adam(name):
     """On the same noise, torch's own Adam on Pyro's own ELBO ends at the same parameters."""
     model, data, guide = PAIRS[name]
@@ -132,17 +135,21 @@ def test_the_steps_are_those_of_adam(name):
         parameters = [*pair.parameters().values()]
         before = [p.detach().clone() for p in parameters]
         rates = [0.02 * 0.9**k for k in range(10)]
-        elbos, path = stepper.take(0, rates, 0)
+        elbos, path = stepper.take(100, rates, 0)
         ends = [p.detach().clone() for p in parameters]
         for p, start in zip(parameters, before, strict=True):
             p.data.copy_(start)
-        generator = torch.Generator().manual_seed(steps.stream(0, "steps", 0, 0))
-        tapes = engine.program.draw(generator, 10)
+        generator = torch.Generator().manual_seed(steps.stream(0, "steps", 100, 0))
+        weights = [training.kl_weight(pair, k) for k in range(100, 110)]
+        assert (weights[-1] < 1) == ("warms up" in name)
+        tapes = engine.program.draw(generator, weights)
+        kinds = [what.kind for what in engine.program.noise]
+        tapes = [tape for tape, kind in zip(tapes, kinds, strict=True) if kind != "weight"]
         optimiser = torch.optim.Adam(parameters, lr=0.01)
         for k, rate in enumerate(rates):
             optimiser.zero_grad()
             with program._Tape([tape[k] for tape in tapes]):
-                loss, elbo = training.objective(pair, 2, pair.data, k)
+                loss, elbo = training.objective(pair, 2, pair.data, 100 + k)
                 loss.backward()
             assert elbos[k] == pytest.approx(float(elbo), rel=1e-5)
             optimiser.param_groups[0]["lr"] = rate

@@ -6,7 +6,8 @@ A pure function of everything that may change from step to step: what moves (par
 frame of a guide), the data, and the noise, which is an explicit tape of standard draws. The graph
 holds some hundred operations of torch, in order, and no Python; whatever the pair decided while it
 ran is decided for good. Hence :func:`verify`: the graph and the pair are given the same noise, at
-several places, and have to agree.
+several places, and have to agree. The weight of the KL, where it changes from step to step, is on
+the tape, too.
 
 References:
     | torch.fx: practical program capture and transformation for deep learning (Reed et al., 2022)
@@ -29,13 +30,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from latentlab.guides import Guide
 from latentlab.inference.pair import Arguments, Pair, copy_pair
 from latentlab.inference.sandbox import manual_seed, stream
-from latentlab.inference.training import objective
+from latentlab.inference.training import kl_weight, objective
+from latentlab.protocols import Anneals, owner_of
 
 __all__ = ["Noise", "Program", "UntraceableError", "moving", "record", "verify"]
 
 _MOST_OPERATIONS = 6000  # of a graph; a longer one is a loop that was unrolled
 _TAPES = 3
 _LONG = 10_000  # rows, beyond which a sum over them is rounded by more than the tolerance
+_STEPS_APART = 100  # at which a pair that anneals is compared
 _SHAKEN = 0.05  # by which parameters are moved for a comparison
 _ROUNDING = 8  # times what the last digits of parameters and data make, for those of all else
 _MOST_ROUNDING = 100  # times the tolerance, whatever they make
@@ -49,7 +52,10 @@ class UntraceableError(Exception):
 
 
 class Noise(NamedTuple):
-    """Standard draws of one operation: ``"normal"`` or ``"uniform"``, their shape and dtype."""
+    """What a step finds on its tape: its kind, shape and dtype.
+
+    Standard draws of one operation, ``"normal"`` or ``"uniform"``, or the ``"weight"`` of the KL.
+    """
 
     kind: str
     shape: tuple[int, ...]
@@ -65,7 +71,7 @@ class Program:
         names: of what moves, parameters first.
         num_learned: how many of these are parameters; the others are the frame of a guide.
         constants: tensors that the pair made or holds, and that stay as they are.
-        noise: what the tape has to hold.
+        noise: what the tape has to hold, the weight of the KL first.
     """
 
     graph: fx.GraphModule
@@ -80,11 +86,20 @@ class Program:
         """Loss and ELBO, with the gradient of torch."""
         return self.graph(*state, *data, *self.constants, *noise)
 
-    def draw(self, generator: torch.Generator, num_steps: int) -> list[Tensor]:
-        """Tapes of noise for so many steps, each (num_steps, ...)."""
+    def draw(self, generator: torch.Generator, weights: Sequence[float]) -> list[Tensor]:
+        """Tapes for n steps, each (n, ...).
+
+        Arguments:
+            generator: of the noise.
+            weights: of the KL in each of the steps.
+        """
         makers: dict[str, Callable] = {"normal": torch.randn, "uniform": torch.rand}
         return [
-            makers[noise.kind](num_steps, *noise.shape, dtype=noise.dtype, generator=generator)
+            torch.tensor(weights, dtype=noise.dtype)
+            if noise.kind == "weight"
+            else makers[noise.kind](
+                len(weights), *noise.shape, dtype=noise.dtype, generator=generator
+            )
             for noise in self.noise
         ]
 
@@ -140,13 +155,17 @@ def _record(pair: Pair, num_particles: int, data: Arguments, step: int, seed: in
     pair = replace(pair, model=model, guide=guide)
     given = inputs(data)
 
+    # That one weight is not that of another step is known to models that anneal only.
+    anneals = isinstance(owner_of(pair.model), Anneals)
+    weight = [torch.tensor(kl_weight(pair, step), dtype=pair.dtype)] * anneals
+
     def run(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         rest = iter(tensors)
         batch = data.map(lambda _: next(rest))
         if data.rows is not None:
             batch = Arguments(batch.args, batch.kwargs, batch.names, next(rest))
         with torch.enable_grad():  # a guide may follow slopes of its own
-            return objective(pair, num_particles, batch, step)[:2]
+            return objective(pair, num_particles, batch, step, next(rest, None))[:2]
 
     kept = random.getstate(), np.random.get_state()
     random.seed(seed)
@@ -154,7 +173,7 @@ def _record(pair: Pair, num_particles: int, data: Arguments, step: int, seed: in
     manual_seed(seed)
     try:
         pure = torch.func.functionalize(run)
-        graph = make_fx(pure, tracing_mode="real", _allow_non_fake_inputs=True)(*given)
+        graph = make_fx(pure, tracing_mode="real", _allow_non_fake_inputs=True)(*given, *weight)
     except Exception as error:
         first_line = (str(error).splitlines() or [""])[0]
         raise UntraceableError(f"{type(error).__name__}: {first_line}") from error
@@ -164,10 +183,12 @@ def _record(pair: Pair, num_particles: int, data: Arguments, step: int, seed: in
     count = sum(node.op == "call_function" for node in graph.graph.nodes)
     if count > _MOST_OPERATIONS:
         raise UntraceableError(f"it takes {count} operations, of which a loop makes the most")
-    return _made_explicit(graph, state, len(pair.parameters()))
+    return _made_explicit(graph, state, len(pair.parameters()), weight)
 
 
-def _made_explicit(graph: fx.GraphModule, state: dict[str, Tensor], num_learned: int) -> Program:
+def _made_explicit(
+    graph: fx.GraphModule, state: dict[str, Tensor], num_learned: int, weight: Sequence[Tensor]
+) -> Program:
     """Every tensor from outside, and all noise, becomes an argument of the graph."""
     nodes = graph.graph
     first = next(iter(nodes.nodes))
@@ -175,6 +196,7 @@ def _made_explicit(graph: fx.GraphModule, state: dict[str, Tensor], num_learned:
         tensors = enumerate(state.values())
         places = {id(tensor): nodes.placeholder(f"state_{k}") for k, tensor in tensors}
     last = [node for node in nodes.nodes if node.op == "placeholder"][-1]
+    given = last
     constants: dict[int, tuple[Tensor, fx.Node]] = {}
     for node in [node for node in nodes.nodes if node.op == "get_attr"]:
         tensor = getattr(graph, str(node.target))
@@ -187,7 +209,12 @@ def _made_explicit(graph: fx.GraphModule, state: dict[str, Tensor], num_learned:
             found = constants[id(tensor)][1]
         node.replace_all_uses_with(found)
         nodes.erase_node(node)
-    noise: list[Noise] = []
+    noise = [Noise("weight", (), each.dtype) for each in weight]
+    if weight:  # from the end of the data to the head of the tape
+        with nodes.inserting_after(last):
+            last = nodes.placeholder("weight")
+        given.replace_all_uses_with(last)
+        nodes.erase_node(given)
     for node in [node for node in nodes.nodes if _is_random(node)]:
         shape, dtype = _made(node)
         kind, write = _standard(node)
@@ -328,18 +355,22 @@ def verify(
             for name, p in parameters.items():
                 shaken = torch.randn(p.shape, generator=generator, dtype=p.dtype)
                 p.data.copy_(before[name] + (k > 0) * _SHAKEN * shaken)
-            noise, batch = [z[0] for z in program.draw(generator, 1)], data[k % len(data)]
+            at, batch = step + k * _STEPS_APART, data[k % len(data)]
+            tape = [z[0] for z in program.draw(generator, [kl_weight(pair, at)])]
+            noise = [
+                z for z, what in zip(tape, program.noise, strict=True) if what.kind != "weight"
+            ]
 
-            def truth(batch: Arguments, noise: list[Tensor] = noise) -> list[Tensor]:
+            def truth(batch: Arguments, noise: list[Tensor] = noise, at: int = at) -> list[Tensor]:
                 with _Tape(noise):
-                    loss, elbo = objective(pair, num_particles, batch, step)
+                    loss, elbo = objective(pair, num_particles, batch, at)
                     slopes = torch.autograd.grad(loss, [*parameters.values()], allow_unused=True)
                 return [elbo.detach(), *_filled(slopes, [*parameters.values()])]
 
             expected = truth(batch)
             if not all(bool(x.isfinite().all()) for x in expected):
                 continue
-            loss, slopes = slope(noise, batch)
+            loss, slopes = slope(tape, batch)
             errors = _errors(expected, [expected[0].new_tensor(loss), *slopes], tolerance)
             if not max(errors) <= tolerance:
                 for p in parameters.values():

@@ -17,8 +17,7 @@ from torch import Tensor
 from latentlab.inference.modes import TrainingMode
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.sandbox import manual_seed, stream
-from latentlab.inference.training import step_of
-from latentlab.protocols import Anneals, owner_of
+from latentlab.inference.training import kl_weight, step_of
 
 if TYPE_CHECKING:
     from latentlab.inference.batches import Batches
@@ -106,11 +105,6 @@ class Engine:
             return "JAX is not installed: pip install 'latentlab[xla]'"
         if self.backend == "auto" and self.max_steps < _FEWEST_STEPS:
             return f"a compilation is not worth {self.max_steps} steps"
-        owner = owner_of(self.pair.model)
-        if isinstance(owner, Anneals) and float(owner.kl_weight(step)) != float(
-            owner.kl_weight(self.max_steps)
-        ):
-            return "the weight of the KL changes from step to step"
         if len(mode.moving()) > len(self.pair.parameters()):
             return "it has batch normalisation, whose running means move"
         if any(t.device.type != "cpu" for t in self.pair.data.tensors()):
@@ -204,7 +198,7 @@ class Compiled:
         from latentlab.inference.program import inputs, moving
         from latentlab.inference.xla import Steps
 
-        self.batch, self.seed, self.every = batch, seed, every
+        self.pair, self.batch, self.seed, self.every = pair, batch, seed, every
         numbers = sum(math.prod(noise.shape) for noise in program.noise)
         size = max(1, min(_STEPS, _NUMBERS // max(numbers, 1)))
         self.size = every * math.ceil(size / every)
@@ -234,12 +228,13 @@ class Compiled:
             all parameters after every ``every`` steps, or after all of a number that is no
             multiple of it.
         """
-        rows = None
+        rows, steps = None, range(first, first + len(rates))
         if self.batched:
-            taken = (self.batch.rows(k) for k in range(first, first + len(rates)))
+            taken = (self.batch.rows(k) for k in steps)
             rows = torch.stack([r for r in taken if r is not None])
         generator = torch.Generator().manual_seed(stream(self.seed, "steps", first, attempt))
-        noise = self.steps.program.draw(generator, len(rates))
+        weights = [kl_weight(self.pair, k) for k in steps]
+        noise = self.steps.program.draw(generator, weights)
         every = self.every if len(rates) % self.every == 0 else len(rates)
         return self.steps.run(noise, rates, every, rows)
 

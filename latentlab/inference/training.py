@@ -37,7 +37,7 @@ from latentlab.inference import objectives
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.protocols import Anneals, owner_of
 
-__all__ = ["SINGULAR", "Objective", "objective", "step_of"]
+__all__ = ["SINGULAR", "Objective", "kl_weight", "objective", "step_of"]
 
 SINGULAR: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 """What torch raises where a matrix cannot be factorised."""
@@ -122,7 +122,15 @@ class _Run(Messenger):
         (self.observed if msg["is_observed"] else self.latents)[name] = site
 
 
-def objective(pair: Pair, num_particles: int, data: Arguments, step: int) -> Objective:
+def kl_weight(pair: Pair, step: int) -> float:
+    """Weight of the KL in a step: one, but for a model that anneals."""
+    owner = owner_of(pair.model)
+    return float(owner.kl_weight(step)) if isinstance(owner, Anneals) else 1.0
+
+
+def objective(
+    pair: Pair, num_particles: int, data: Arguments, step: int, weight: Tensor | None = None
+) -> Objective:
     """The objective at new draws of the guide.
 
     Arguments:
@@ -130,16 +138,16 @@ def objective(pair: Pair, num_particles: int, data: Arguments, step: int) -> Obj
         num_particles: number of draws P.
         data: the data of the step.
         step: its number, for a model that anneals.
+        weight: of the KL, where it is not that of the step.
 
     Returns:
         The loss, and the ELBO in nats per data set, of which no gradient is to be taken.
     """
     owner = owner_of(pair.model)
-    anneals = isinstance(owner, Anneals)
-    weight = float(owner.kl_weight(step)) if anneals else 1.0
-    free_bits = float(owner.free_bits) if anneals else 0.0
+    free_bits = float(owner.free_bits) if isinstance(owner, Anneals) else 0.0
+    charge = kl_weight(pair, step) if weight is None else weight
     if isinstance(pair.guide, Guide) or not pair.vectorised or pair.summed_out:
-        return _by_draws(pair, num_particles, data, weight, free_bits)
+        return _by_draws(pair, num_particles, data, charge, free_bits)
     with objectives.particles(num_particles, pair), _Run({}, {}) as q:
         data.call(pair.guide)
     values = {
@@ -159,15 +167,15 @@ def objective(pair: Pair, num_particles: int, data: Arguments, step: int) -> Obj
         extra = _total(_log_prob(site), num_particles, pair)
         spent, charged = spent + extra, charged + extra
     log_lik = torch.as_tensor(log_lik, dtype=spent.dtype)
-    return Objective(weight * charged - log_lik, (log_lik - spent).detach())
+    return Objective(charge * charged - log_lik, (log_lik - spent).detach())
 
 
 def _by_draws(
-    pair: Pair, num_particles: int, data: Arguments, weight: float, free_bits: float
+    pair: Pair, num_particles: int, data: Arguments, weight: float | Tensor, free_bits: float
 ) -> Objective:
     """From the log-densities of draws only, the KL of all latents in one."""
     draws = objectives.draw(pair, num_particles, data)
-    if weight == 1.0 and not free_bits:
+    if not isinstance(weight, Tensor) and weight == 1.0 and not free_bits:
         elbo = (objectives.log_joint(pair, draws, data) - draws.log_q).mean()
         return Objective(-elbo, elbo.detach())
     sites = objectives.site_log_probs(pair, draws, data)
