@@ -217,7 +217,8 @@ def test_evidence_is_the_integral_over_the_latent(settings):
     good = found.khat.khat.numpy() < 0.6
     assert good.sum() >= 10
     assert (abs(z[good]) < 5).all()
-    assert found.log_prob[1] == pytest.approx(exact[1], abs=0.1)  # nothing is observed: zero
+    # Nothing is observed: zero.
+    assert found.log_prob[1] == pytest.approx(exact[1], abs=0.05 + 5 * float(found.se[1]))
     assert exact[1] == pytest.approx(0.0, abs=1e-6)
 
 

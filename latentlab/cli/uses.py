@@ -14,7 +14,6 @@ from latentlab.cli.options import Columns, Data, DrawSeed, Id, Json, OutFile, Ru
 from latentlab.cli.results import EXIT, facts, summary_of, write_images, write_table
 from latentlab.cli.rows import are_images, read_for
 from latentlab.cli.show import busy, show, show_json, show_pairs, show_verdict
-from latentlab.seeds import seeded
 
 __all__ = ["check", "predict", "sample"]
 
@@ -138,6 +137,8 @@ def _sample_sequences(
 ) -> dict[str, Any]:
     """New sequences below each other, with their states."""
     import torch
+
+    from latentlab.seeds import seeded
 
     model: Any = posterior.model
     T = num_steps or int(model.num_steps)
