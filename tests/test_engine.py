@@ -479,6 +479,7 @@ def two_modes(tilt):
     return model
 
 
+@pytest.mark.slow
 def test_the_better_of_two_modes_is_won_and_the_other_is_reported():
     x = data(num_rows=30, loc=4.0)
     posterior = ll.fit(two_modes(0.025), x, num_restarts=12, max_steps=700, progress=False)
@@ -496,6 +497,7 @@ def test_two_modes_of_equal_mass_are_not_taken_for_one():
     assert any("several modes" in reason for reason in found.reasons)
 
 
+@pytest.mark.slow
 def test_components_with_other_labels_are_the_same_place():
     x = ll.data.simulate.eruptions(num_rows=150)
     settings = {"num_restarts": 4, "max_steps": 500, "progress": False}

@@ -108,6 +108,7 @@ def test_a_table_names_its_columns_in_a_model_of_ones_own_too():
     assert exchanged["posterior"]["loc_dim_0"].values.tolist() == [0, 1]
 
 
+@pytest.mark.slow
 def test_discrete_latents_and_numbers_without_axes_go_along(tmp_path):
     def model(x=None, size=None):
         loc = pyro.sample("loc", dist.Normal(0.0, 9.0))

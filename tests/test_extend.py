@@ -198,6 +198,7 @@ class TestFlow:
         gain = 2 * (best - log_likelihood(SKEW, LOG_TAIL))
         assert -0.01 < gain < 40  # a chi-square of four degrees of freedom
 
+    @pytest.mark.slow
     def test_it_bends_a_guide_of_ones_own(self, flow_fit):
         flow = flow_fit["SinhArcsinh"](1)
         ones = torch.ones(1, dtype=torch.float64)

@@ -261,7 +261,7 @@ def table():
     return features, features @ torch.tensor([1.0, -0.2]).double() + 0.7 * noise
 
 
-@pytest.mark.parametrize("kind", ["iaf", "coupling_nsf"])
+@pytest.mark.parametrize("kind", ["iaf", pytest.param("coupling_nsf", marks=pytest.mark.slow)])
 def test_a_gaussian_posterior_is_reached_exactly(kind, table):
     features, y = table
     posterior = ll.fit(
@@ -289,6 +289,7 @@ def test_it_obeys_the_laws(law):
     law(normal_model, x, Flow(**SMALL))
 
 
+@pytest.mark.slow
 def test_one_latent_is_bent_by_a_spline():
     """The posterior of a scale from two rows is skewed; a Gaussian is off by some 0.02 nats."""
 

@@ -460,7 +460,10 @@ def test_odd_data_give_finite_numbers(x):
     assert all(value.isfinite().all() for value in posterior.sample(50).values())
 
 
-@pytest.mark.parametrize(("scale", "kind"), [(1e-200, "gaussian_full"), (1e12, "gaussian")])
+@pytest.mark.parametrize(
+    ("scale", "kind"),
+    [pytest.param(1e-200, "gaussian_full", marks=pytest.mark.slow), (1e12, "gaussian")],
+)
 def test_the_unit_does_not_matter(scale, kind):
     x = np.r_[R.normal(0, 1, (30, 2)), R.normal(9, 1, (30, 2))]
     x[3, 0] = np.nan

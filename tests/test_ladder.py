@@ -105,7 +105,7 @@ def test_correlated_latents_get_a_full_rank_that_reaches_the_evidence():
     assert "weights exact" in str(upper)
 
 
-@pytest.fixture(scope="module", params=["banana", "funnel"])
+@pytest.fixture(scope="module", params=["banana", pytest.param("funnel", marks=pytest.mark.slow)])
 def bent(request):
     model = {"banana": banana, "funnel": funnel}[request.param]
     return request.param, model, ll.fit(model, SEEN, **QUICK)
@@ -299,7 +299,7 @@ def press_ctrl_c(monkeypatch, on, where):
         (FullRank, "climb", None),
         (FullRank, 0, MeanField),
         (Flow, "climb", None),
-        (Flow, 0, None),
+        pytest.param(Flow, 0, None, marks=pytest.mark.slow),
     ],
 )
 def test_interrupted_at_any_rung_there_is_a_posterior(monkeypatch, tmp_path, on, where, stands_on):
@@ -314,6 +314,7 @@ def test_interrupted_at_any_rung_there_is_a_posterior(monkeypatch, tmp_path, on,
     assert ll.load(tmp_path / "run", model=banana).ladder == posterior.ladder
 
 
+@pytest.mark.slow
 def test_interrupted_when_it_is_back_down_there_is_a_posterior(monkeypatch):
     climb_to(monkeypatch, Flow("iaf", hidden_dims=(8,)))
     note = stages.Climb._note

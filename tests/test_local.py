@@ -56,7 +56,9 @@ def correlation(a, b):
     return float(torch.corrcoef(torch.stack([a, b]))[0, 1])
 
 
-@pytest.fixture(scope="module", params=["mean_field", "structured"])
+@pytest.fixture(
+    scope="module", params=[pytest.param("mean_field", marks=pytest.mark.slow), "structured"]
+)
 def batched(request):
     z, x = simulated(400)
     posterior = ll.fit(
@@ -107,6 +109,7 @@ def test_a_point_follows_its_rows():
     assert (posterior.guide.free_mean()[1:] - z_mean).abs().max() < 0.1 * z_sd
 
 
+@pytest.mark.slow
 def test_an_amortised_guide_reads_the_latents_off_the_rows():
     z, x = simulated(300)
     posterior = ll.fit(

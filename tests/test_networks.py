@@ -130,6 +130,7 @@ def test_a_warm_up_ends_at_the_same_optimum(fitted):
     assert posterior.elbo.value == pytest.approx(fitted.elbo.value, abs=0.02 * len(data()))
 
 
+@pytest.mark.slow
 def test_a_climb_goes_on_while_the_weight_still_moves():
     vae = Warm(warm_up=2_500)
     how = {"batch_size": 100, "lr": 0.01, "max_steps": 2_600, "progress": False}
@@ -137,6 +138,7 @@ def test_a_climb_goes_on_while_the_weight_still_moves():
     assert len(posterior.losses) >= 2_500
 
 
+@pytest.mark.slow
 def test_a_larger_weight_spends_less_on_the_latents(fitted):
     vae = Warm(beta=3.0, warm_up=300)
     how = {"batch_size": 100, "lr": 0.01, "progress": False}

@@ -150,6 +150,7 @@ def test_chi_is_the_length_of_a_normal_vector(df):
 # ---- the pair ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", MODELS)
 def test_the_triangle_leaves_the_prior_of_the_covariance_as_it_was(cls):
     model = cls(4, 2)
@@ -301,6 +302,7 @@ def fitted():
     return x, ll.fit(model, x, num_restarts=1, progress=False)
 
 
+@pytest.mark.slow
 def test_the_default_fit_is_to_be_used(fitted):
     _, posterior = fitted
     assert posterior.pair.vectorised

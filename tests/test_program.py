@@ -305,6 +305,7 @@ def test_a_pair_that_changes_after_it_was_written_down_is_noticed():
     assert str(engine).startswith("eager: at the end of a climb by XLA its loss differs by")
 
 
+@pytest.mark.slow
 def test_an_amortised_guide_takes_mini_batches_too():
     def local(x, size=None):
         with ll.rows(x, size):

@@ -124,6 +124,7 @@ def test_it_is_shown_as_text_frame_and_picture(found):
     ax.figure.canvas.draw()
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_answer(found):
     again = ll.select(
         ll.GaussianMixture, rows_of(80), num_components=[1, 2], num_folds=2, settings=QUICK
@@ -131,6 +132,7 @@ def test_the_same_seed_gives_the_same_answer(found):
     assert again == found
 
 
+@pytest.mark.slow
 def test_other_keywords_and_names_are_handed_on():
     x = ll.data.simulate.eruptions(40)
     made = []
@@ -146,6 +148,7 @@ def test_other_keywords_and_names_are_handed_on():
     assert set(made) == {(2, "spherical"), (2, "diag")}
 
 
+@pytest.mark.slow
 def test_weights_are_parted_with_their_rows():
     x = rows_of(40)
     weights = torch.ones(40, dtype=torch.float64)
@@ -207,6 +210,7 @@ def test_faults_are_named(arguments, message):
         ll.select(ll.GaussianMixture, rows_of(20), settings=QUICK, **arguments)
 
 
+@pytest.mark.slow
 def test_a_weight_of_two_is_the_row_twice():
     """In the score, its error, and the penalty, not in the fit alone."""
     x = ll.data.simulate.eruptions(num_rows=60)
@@ -238,6 +242,7 @@ def test_the_density_of_a_weighted_row_is_the_log_of_a_mean_once():
     assert none.value == pytest.approx(posterior.log_prob(x[:2], seed=1).value, rel=1e-10)
 
 
+@pytest.mark.slow
 def test_a_chain_is_judged_by_its_steps():
     """One sequence is one datum, but the BIC goes by its observations, as hmmlearn's does."""
     counts = torch.poisson(

@@ -576,6 +576,7 @@ def test_what_is_not_honoured_is_not_taken():
         GaussianMixture(2, reg_covar=1e-6)
 
 
+@pytest.mark.slow
 def test_arguments_are_honoured():
     assert len(quick_fit(SMALL, n_init=3).posterior_.restarts.elbos) == 3
     found = [quick_fit(SMALL, tol=tol, max_iter=1000).converged_ for tol in (1e-9, 0.5)]
@@ -635,6 +636,7 @@ def test_an_outlier_warns_and_is_fitted(n_components):
     assert_usable(estimator, x)
 
 
+@pytest.mark.slow
 def test_a_far_offset_loses_nothing(fitted):
     far = GaussianMixture(2, covariance_type="diag", n_init=1, max_iter=1000, random_state=0)
     with warnings.catch_warnings():
@@ -675,6 +677,7 @@ def test_the_default_is_that_of_scikit_learn():
         assert getattr(GaussianMixture(), name) == getattr(Peer(), name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("covariance_type", TYPES)
 def test_every_shape_of_covariance_is_that_of_scikit_learn(of_type, covariance_type):
     x, cases = of_type

@@ -105,6 +105,7 @@ def test_missing_cells_are_integrated_out(fitted):
     assert fitted.score_samples(x)[5:8] == pytest.approx([0, 0, 0], abs=1e-9)
 
 
+@pytest.mark.slow
 def test_counts_and_codes_have_their_own(fitted):
     counts = quick_fit(PoissonHMM(2, n_init=1, n_iter=450, random_state=0), COUNTS)
     assert sorted(counts.lambdas_.ravel()) == pytest.approx([2, 20], rel=0.2)

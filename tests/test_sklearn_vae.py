@@ -111,6 +111,7 @@ def test_samples_look_like_the_rows():
     assert np.allclose(np.cov(new.T), np.cov(x.T), atol=6 * sd.max() ** 2 / np.sqrt(600))
 
 
+@pytest.mark.slow
 def test_principal_components_agree_with_scikit_learn_up_to_sign_and_error():
     x = plane(600)
     with warnings.catch_warnings():

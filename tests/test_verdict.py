@@ -281,7 +281,7 @@ def test_a_perfect_guide_that_was_written_down_is_exact():
     assert fitted.converged
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 2))])
 def test_a_skewed_posterior_that_is_fitted_well_is_not_refused(seed):
     """Its weights pile up at the edge of their tail, which is not a heavy one."""
 
