@@ -38,11 +38,9 @@ x
 # ## One kind of eruption
 #
 # The simplest answer first: one component, which is one normal distribution for each column.
-# `backend="auto"` has XLA take the steps where JAX is installed, which is faster; the answer is
-# the same without.
 
 # %%
-one = ll.fit(ll.GaussianMixture(num_features=2, num_components=1), x, seed=0, backend="auto")
+one = ll.fit(ll.GaussianMixture(num_features=2, num_components=1), x, seed=0)
 print(one.check())
 
 # %% [markdown]
@@ -61,7 +59,7 @@ one.plot("predictive")
 # ## Two kinds
 
 # %%
-two = ll.fit(ll.GaussianMixture(num_features=2, num_components=2), x, seed=0, backend="auto")
+two = ll.fit(ll.GaussianMixture(num_features=2, num_components=2), x, seed=0)
 print(two.check())
 
 # %%
@@ -98,7 +96,7 @@ train, test = x.x[order[:200]], x.x[order[200:]]
 def scores(num_components):
     model = ll.GaussianMixture(num_features=2, num_components=num_components)
     # A comparison can be brief.
-    posterior = ll.fit(model, train, seed=0, backend="auto", max_steps=3000)
+    posterior = ll.fit(model, train, seed=0, max_steps=3000)
     draws = posterior.sample(2000)
     return posterior, posterior.model.log_prob(test, draws)  # nats, one for each row
 

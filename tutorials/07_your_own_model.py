@@ -136,11 +136,11 @@ for fault in ll.check_pair(model, data, misspelt).faults[:2]:
 # %% [markdown]
 # ## Fit it, and ask for the verdict
 #
-# First the quick way: a guide that knows no correlations. `backend="auto"` has XLA take the steps
-# where JAX is installed, which is four times as fast here; the answer is the same without.
+# First the quick way: a guide that knows no correlations. (Where JAX is installed XLA takes the
+# steps, which is four times as fast here; the answer is the same without.)
 
 # %%
-quick = ll.fit(model, data, guide="mean_field", seed=0, backend="auto")
+quick = ll.fit(model, data, guide="mean_field", seed=0)
 print(quick.check())
 
 # %% [markdown]
@@ -148,7 +148,7 @@ print(quick.check())
 # correlations is too narrow. So do what it says.
 
 # %%
-posterior = ll.fit(model, data, guide="full_rank", seed=0, backend="auto")
+posterior = ll.fit(model, data, guide="full_rank", seed=0)
 print(posterior.check())
 
 # %%
@@ -181,7 +181,7 @@ def refined(day, person, reaction=None):
         return pyro.sample("reaction", dist.Normal(mean, error), obs=reaction)
 
 
-other = ll.fit(refined, data, guide="full_rank", seed=0, backend="auto")
+other = ll.fit(refined, data, guide="full_rank", seed=0)
 print(other.check())
 
 # %% [markdown]

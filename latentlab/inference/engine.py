@@ -65,7 +65,7 @@ def fit(
     tol: float = 0.03,
     held_out: float | None = None,
     seed: int = 0,
-    backend: Literal["auto", "eager", "xla"] = "eager",
+    backend: Literal["auto", "eager", "xla"] = "auto",
     progress: bool | None = None,
 ) -> Posterior:
     r"""Fit a guide to the posterior of a model by stochastic variational inference.
@@ -103,7 +103,7 @@ def fit(
         held_out: share of the rows that is kept aside and not fitted; ``posterior.held_out`` says
             how they fare, and a climb with networks ends where they get no better. By default
             what the model asks for, else 0.
-        seed: same seed, same machine, same bytes.
+        seed: same seed, same machine, same backend: same bytes.
         backend: what takes the steps: ``"eager"`` is Pyro as it is; ``"xla"`` is the pair written
             down once as a graph, compared with the pair, and compiled, which needs JAX;
             ``"auto"`` takes XLA where it can and where it pays. ``posterior.backend`` says which
