@@ -561,7 +561,7 @@ def test_row_47_control_flow_on_a_latent_runs_eagerly_and_is_said():
     x = 3 + torch.randn(20, generator=torch.Generator().manual_seed(0))
     assert any("one particle at a time" in note for note in ll.check_pair(model, x).notes)
     posterior = fit(x, model)
-    assert posterior.backend == "eager"
+    assert posterior.backend.startswith("eager")
     assert any("one particle at a time" in note for note in posterior.notes)
     mean = x.sum() / (20 + 1 / 9)  # of the branch that holds nearly all of the mass
     assert abs(posterior.sample(500)["loc"].mean() - mean) < 0.3 / 20**0.5
@@ -576,7 +576,8 @@ def test_row_48_a_loss_that_stays_nan_names_step_site_and_value():
         pyro.factor("late", (NAN if next(calls) > 300 else 0.0) + 0 * loc)
 
     with pytest.raises(ll.FitDivergedError, match="at step .* site 'late' is nan; ") as error:
-        fit(torch.tensor(1.0), model, guide="mean_field", max_steps=2000)
+        # A record of the model would not count its calls.
+        fit(torch.tensor(1.0), model, guide="mean_field", max_steps=2000, backend="eager")
     assert error.value.step > 0
     assert error.value.site == "late"
     assert math.isnan(error.value.value)
