@@ -216,6 +216,7 @@ MATRICES = {
     "inverse": lambda x: torch.linalg.inv(matrix(x)),
     "linear": lambda x: F.linear(x, x[0].reshape(-1, x.shape[-1]), None),
     "affine": lambda x: torch.addmm(x.new_ones(3, 3), matrix(x), matrix(x), beta=0.5, alpha=2),
+    "a row times a matrix": lambda x: x.flatten()[None, :3] @ matrix(x),
     "batches": lambda x: torch.bmm(matrix(x).expand(2, 3, 3), matrix(x).expand(2, 3, 3)),
 }
 
@@ -382,3 +383,13 @@ def test_a_slope_that_a_pair_takes_itself(name, dtype):
 
     expect_equal(slope, numbers((2, 5), dtype, 3))
     expect_equal(LED_BACK[name], numbers((2, 5), dtype, 3))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_bernoulli_of_logits_near_and_far(reduction, dtype):
+    x = torch.tensor([-90.0, -3.0, -0.1, 0.2, 4.0, 90.0], dtype=dtype)
+    y = torch.tensor([0.0, 1.0, 0.3, 0.7, 1.0, 1.0], dtype=dtype)
+    loss = F.binary_cross_entropy_with_logits
+    expect_equal(lambda x, y: loss(x, y, reduction=reduction).reshape(-1), x, y)
+    expect_equal(lambda x, y: loss(x, 1 - y, reduction=reduction).reshape(-1), x, y)

@@ -189,7 +189,7 @@ def _curves() -> dict[str, Callable]:
     ) -> Array:
         if weight is not None or pos_weight is not None:
             raise NotImplementedError("weights of binary_cross_entropy_with_logits")
-        loss = jnp.maximum(x, 0) - x * y + jnp.log1p(jnp.exp(-jnp.abs(x)))
+        loss = jax.nn.softplus(x) - x * y
         return loss if reduction == 0 else loss.mean() if reduction == 1 else loss.sum()
 
     return {

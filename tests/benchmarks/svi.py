@@ -25,6 +25,8 @@ from . import Table, Timing, machine, take_turns
 from . import peers_svi as peers
 from .networks import CELLS, HIDDEN, LATENT, VAE
 
+EVERY = 5  # steps between two places that a climb averages
+
 
 def eight_schools(y, sigma):
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
@@ -149,7 +151,7 @@ def our_steps(case, backend="eager"):
     engine = Engine(pair, backend, num_particles=1, max_steps=10**9)
     optimiser = torch.optim.Adam(pair.parameters().values(), lr=0.01, fused=True)
     with pair.entered(seed=0):
-        stepper = engine.stepper(optimiser, batch, 0, TrainingMode(pair), 1, 0)
+        stepper = engine.stepper(optimiser, batch, 0, TrainingMode(pair), EVERY, 0)
     taken = []
 
     def steps(number):
