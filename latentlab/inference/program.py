@@ -103,6 +103,11 @@ class Program:
             for noise in self.noise
         ]
 
+    @property
+    def anneals(self) -> bool:
+        """Whether a weight of the KL is on the tape."""
+        return any(each.kind == "weight" for each in self.noise)
+
     @cached_property
     def code(self) -> str:
         """All that the graph does, as text: equal for equal graphs."""

@@ -233,8 +233,10 @@ class Compiled:
             taken = (self.batch.rows(k) for k in steps)
             rows = torch.stack([r for r in taken if r is not None])
         generator = torch.Generator().manual_seed(stream(self.seed, "steps", first, attempt))
-        weights = [kl_weight(self.pair, k) for k in steps]
-        noise = self.steps.program.draw(generator, weights)
+        program, weights = self.steps.program, [1.0] * len(rates)
+        if program.anneals:
+            weights = [kl_weight(self.pair, k) for k in steps]
+        noise = program.draw(generator, weights)
         every = self.every if len(rates) % self.every == 0 else len(rates)
         return self.steps.run(noise, rates, every, rows)
 

@@ -53,8 +53,10 @@ def take_turns(
     """
     calls, found = {}, {name: [] for name in candidates}
     for name, work in candidates.items():
-        work(10)  # the first calls are slower
-        calls[name] = max(1, round(seconds / _seconds(work, 10)))
+        first = _seconds(work, 1)  # the first calls are slower
+        tries = 10 if first < seconds else 1
+        work(tries)
+        calls[name] = max(1, round(seconds / _seconds(work, tries)))
     for _ in range(turns):
         for name, work in candidates.items():
             found[name].append(_seconds(work, calls[name]))
