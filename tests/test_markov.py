@@ -228,3 +228,26 @@ def test_estimates_recover_what_rows_were_drawn_with(kind):
     best = emission.distribution(**{s: v[:1] for s, v in found.items()}).log_prob(x).mean()
     true = emission.distribution(**truth).log_prob(x).mean()
     assert best > true - 0.01
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 8, 21])
+def test_drawn_states_are_those_of_a_plain_loop(T):
+    generator = torch.Generator().manual_seed(T)
+    initial = torch.rand(2, 3, generator=generator).double()
+    transitions = torch.rand(2, 3, 3, generator=generator).double()
+    transitions[..., 1] = 0  # a state that is never moved to
+    initial = initial / initial.sum(-1, keepdim=True)
+    transitions = transitions / transitions.sum(-1, keepdim=True)
+    emission = dist.Normal(torch.zeros(3, 1).double(), 1.0).to_event(1)
+    chain = HiddenMarkov(initial, transitions, emission, num_steps=T)
+    torch.manual_seed(0)
+    found = chain.sample_states((4,))
+    torch.manual_seed(0)
+    noise = torch.rand(4, 2, T, dtype=torch.float64)
+    for s, b in itertools.product(range(4), range(2)):
+        state, path = None, []
+        for t in range(T):
+            probs = initial[b] if state is None else transitions[b, state]
+            state = int((noise[s, b, t] >= probs.cumsum(0)).sum())
+            path.append(state)
+        assert found[s, b].tolist() == path

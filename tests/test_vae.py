@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -733,7 +734,15 @@ def test_trying_a_network_out_changes_nothing():
     assert nets[0].training
 
 
-@pytest.mark.parametrize("family", [ll.VariationalAutoencoder, ll.Autoencoder, ll.FlowDensity])
+@pytest.mark.parametrize(
+    "family",
+    [
+        ll.VariationalAutoencoder,
+        partial(ll.VariationalAutoencoder, prior="mixture", posterior="flow"),
+        ll.Autoencoder,
+        ll.FlowDensity,
+    ],
+)
 def test_first_weights_are_those_of_the_seed_and_take_no_one_elses_numbers(family):
     def weights(seed):
         return torch.cat([p.flatten() for p in family(num_features=3, seed=seed).parameters()])

@@ -80,8 +80,7 @@ class Batches:
 
     def __init__(self, data: Arguments, size: int | None = None, seed: int = 0) -> None:
         self.data = data
-        self.total = None if size is None else len(data.tensors()[0])
-        self._rows = None if size is None else BatchRows(self.total or 0, size, seed)
+        self._rows = None if size is None else BatchRows(len(data.tensors()[0]), size, seed)
 
     def rows(self, step: int) -> Tensor | None:
         """The rows (B,) of a step; ``None`` for all.
@@ -97,11 +96,11 @@ class Batches:
         Arguments:
             step: its number, from 0.
         """
-        rows = self.rows(step)
-        if rows is None:
+        if self._rows is None:
             return self.data
+        rows = self._rows(step)
         part = take(self.data, rows)
-        return Arguments(part.args, {**part.kwargs, "size": self.total}, part.names, rows)
+        return Arguments(part.args, {**part.kwargs, "size": self._rows.total}, part.names, rows)
 
 
 def split(data: Arguments, share: float, seed: int) -> tuple[Arguments, Arguments]:

@@ -50,6 +50,7 @@ from latentlab.inference.rows import fewer, looks_by_row, on_rows, over_rows, ro
 from latentlab.inference.sandbox import manual_seed, stream
 from latentlab.inference.stages import FitDivergedError, State, evaluate, first_bad_site
 from latentlab.inference.steps import Engine, Stepper
+from latentlab.inference.training import kl_weight
 from latentlab.protocols import Anneals, owner_of
 
 __all__ = ["NETWORK_RATE", "NetworkClimb", "has_networks", "is_judged_by_row"]
@@ -321,10 +322,8 @@ class NetworkClimb:
 
     def _annealing(self) -> bool:
         """Whether the weight of the KL still moves."""
-        owner = owner_of(self.pair.model)
-        if not isinstance(owner, Anneals):
-            return False
-        return owner.kl_weight(self.num_steps) != owner.kl_weight(self.num_steps + self.max_steps)
+        now, later = self.num_steps, self.num_steps + self.max_steps
+        return kl_weight(self.pair, now) != kl_weight(self.pair, later)
 
     def _why(self, gain: Estimate, rate: float) -> str:
         what = "rows kept aside" if self.held is not None else "the objective"

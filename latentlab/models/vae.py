@@ -141,12 +141,10 @@ class VariationalAutoencoder(OverRows):
         with seeded(as_seed(seed)):
             built = nets.complete(plan, encoder, decoder, num_context)
             self.flow: Any = flow_for(L, built.num_context) if posterior == "flow" else None
+            self.prior: NormalPrior | MixturePrior = NormalPrior(L)
+            if prior == "mixture":
+                self.prior = MixturePrior(L, as_count(num_components, "num_components"))
         self.encoder, self.decoder, self.event_shape = built[:3]
-        if prior == "mixture":
-            num_components = as_count(num_components, "num_components")
-            self.prior: NormalPrior | MixturePrior = MixturePrior(L, num_components)
-        else:
-            self.prior = NormalPrior(L)
 
     @property
     def dims(self) -> Mapping[str, Sequence[str]]:

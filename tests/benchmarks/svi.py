@@ -50,11 +50,11 @@ def hierarchy(group, x, y):
         pyro.sample("y", dist.Normal(loc, noise), obs=y)
 
 
-def logistic(x, y):
+def logistic(x, y, size=None):
     weights = pyro.sample("weights", dist.Normal(torch.zeros(x.shape[1]), 1.0).to_event(1))
     bias = pyro.sample("bias", dist.Normal(0.0, 1.0))
     logits = (weights @ x.T).squeeze(-2) if weights.dim() > 1 else weights @ x.T
-    with pyro.plate("rows", len(x)):
+    with ll.rows(x, size):
         pyro.sample("y", dist.Bernoulli(logits=logits + bias), obs=y)
 
 
@@ -68,15 +68,6 @@ def mixture(x):
     with pyro.plate("rows", len(x)):
         label = pyro.sample("label", dist.Categorical(weights))
         pyro.sample("x", dist.Normal(locs[label], scales[label]).to_event(1), obs=x)
-
-
-def rows_logistic(x, y, size=None):
-    """The same for mini-batches."""
-    weights = pyro.sample("weights", dist.Normal(torch.zeros(x.shape[1]), 1.0).to_event(1))
-    bias = pyro.sample("bias", dist.Normal(0.0, 1.0))
-    logits = (weights @ x.T).squeeze(-2) if weights.dim() > 1 else weights @ x.T
-    with ll.rows(x, size):
-        pyro.sample("y", dist.Bernoulli(logits=logits + bias), obs=y)
 
 
 class Case(NamedTuple):
@@ -134,7 +125,7 @@ def cases():
         "logistic, 1e3 x 50": Case(logistic, few, peer="logistic", asked=1, of_pyro=0),
         "logistic, 1e5 x 50": Case(logistic, many, peer="logistic", asked=0.95),
         "logistic, 256 of 1e5 rows": Case(
-            rows_logistic, many, peer="logistic", asked=1, batch_size=256
+            logistic, many, peer="logistic", asked=1, batch_size=256
         ),
         "eight schools, IAF guide": Case(
             eight_schools, schools, iaf, peer="eight schools", asked=0.9
