@@ -246,10 +246,11 @@ def _masked(
         univariate["univariate"] = partial(zuko.transforms.MonotonicRQSTransform, bound=5.0)
         univariate["shapes"] = [(num_bins,), (num_bins,), (num_bins - 1,)]
     # One feature alone is taken for an elementwise map, whose network is there for a context only.
-    # ELU is smooth: with kinks a flow fits as well in the middle, and tails come out wrong.
-    net = {"hidden_features": tuple(hidden_dims), "activation": nn.ELU}
+    # ELU is smooth: with kinks a flow fits as well in the middle, and tails come out wrong. In place
+    # its slope comes from what it gave, without another exponential.
+    net = {"hidden_features": tuple(hidden_dims), "activation": partial(nn.ELU, inplace=True)}
     net = net if num_features > 1 or num_context else {}
-    return zuko.flows.autoregressive.MaskedAutoregressiveTransform(
+    made = zuko.flows.autoregressive.MaskedAutoregressiveTransform(
         features=num_features,
         context=num_context,
         passes=2 if coupling else None,
@@ -257,6 +258,11 @@ def _masked(
         **univariate,
         **net,
     )
+    for layer in made.modules():
+        if isinstance(layer, zuko.nn.MaskedLinear):
+            # A mask of booleans would be turned into numbers again at every step, twice.
+            layer.mask = layer.mask.to(layer.weight)
+    return made
 
 
 def _outputs(transform: nn.Module) -> list[Tensor]:
