@@ -533,10 +533,11 @@ def test_a_graph_recorded_without_slopes_has_them_when_run():
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["equal", "ragged"])
 @pytest.mark.parametrize("own", [(), (2, 1)], ids=["shared", "draws"])
-def test_both_kernels_agree(monkeypatch, own, ragged):
+@pytest.mark.parametrize("num_chains", [20, 600])  # XLA multiplies small matrices by hand
+def test_both_kernels_agree(monkeypatch, num_chains, own, ragged):
     pytest.importorskip("jax")
-    arrays = [x.requires_grad_() for x in chain(9, steps=50, batch=(20,), own=own)]
-    lengths = torch.arange(31, 51) if ragged else None
+    arrays = [x.requires_grad_() for x in chain(9, steps=50, batch=(num_chains,), own=own)]
+    lengths = 31 + torch.arange(num_chains) % 20 if ragged else None
     found = []
     for chosen in (False, True):
         monkeypatch.setattr(hmm_xla, "is_worthwhile", lambda layout, x, chosen=chosen: chosen)

@@ -172,8 +172,8 @@ def scaled(
 
 
 def _exp(x: Tensor) -> Tensor:
-    """Exponentials in place; those of numpy take half the time of torch's."""
-    if x.device.type != "cpu":
+    """Exponentials in place: numpy's take half the time of torch's with AVX-512, twice without."""
+    if x.device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return x.exp_()
     values = x.detach().numpy()
     np.exp(values, out=values)

@@ -23,6 +23,7 @@ __all__ = ["backward", "forward", "is_worthwhile"]
 _LEAST_CELLS = 2**14
 _LARGEST_STEP = 2**11
 _MOST_STATES = 16
+_SMALLEST_PRODUCT = 2**12  # multiplications
 
 
 @functools.cache
@@ -82,7 +83,7 @@ def _compiled() -> tuple[Callable, Callable]:
             joint = predicted * factor
             c = joint.sum(1) if gap is None else joint.sum(1) + gap
             probs = joint / c[:, None]
-            return product(transposed, probs), (probs, c)
+            return moved(transposed, probs), (probs, c)
 
         start = jnp.broadcast_to(initial, (len(transitions), *factors.shape[2:]))
         return jax.lax.scan(step, start, (factors, absent))[1]
@@ -102,7 +103,7 @@ def _compiled() -> tuple[Callable, Callable]:
             ahead, counts = carry
             prob, factor, c, gap = now
             counts = counts + product(prob, jnp.swapaxes(ahead, -1, -2))
-            beta = jnp.clip(product(transitions, ahead), -cap, cap) + gap[:, None] * seeds
+            beta = jnp.clip(moved(transitions, ahead), -cap, cap) + gap[:, None] * seeds
             return (beta * factor / c[:, None], counts), prob * beta
 
         if absent is None:
@@ -115,5 +116,10 @@ def _compiled() -> tuple[Callable, Callable]:
 
     def product(a: Any, b: Any) -> Any:  # noqa: ANN401
         return (a[0] @ b[0])[None] if len(a) == len(b) == 1 else a @ b
+
+    def moved(a: Any, b: Any) -> Any:  # noqa: ANN401
+        if a[0].size * b.shape[-1] > _SMALLEST_PRODUCT:
+            return product(a, b)
+        return (a[..., None] * b[:, None]).sum(2)  # a call of a product would take longer
 
     return jax.jit(forwards), jax.jit(backwards)

@@ -246,8 +246,8 @@ def _masked(
         univariate["univariate"] = partial(zuko.transforms.MonotonicRQSTransform, bound=5.0)
         univariate["shapes"] = [(num_bins,), (num_bins,), (num_bins - 1,)]
     # One feature alone is taken for an elementwise map, whose network is there for a context only.
-    # ELU is smooth: with kinks a flow fits as well in the middle, and tails come out wrong. In place
-    # its slope comes from what it gave, without another exponential.
+    # ELU is smooth: with kinks a flow fits as well in the middle, and tails come out wrong. Its
+    # slope, in place, comes from what it gave, without another exponential.
     net = {"hidden_features": tuple(hidden_dims), "activation": partial(nn.ELU, inplace=True)}
     net = net if num_features > 1 or num_context else {}
     made = zuko.flows.autoregressive.MaskedAutoregressiveTransform(
