@@ -4,7 +4,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from latentlab import data, diagnostics, distributions, flows, guides, models, nn, testing
+    from latentlab import (
+        data,
+        diagnostics,
+        distributions,
+        flows,
+        guides,
+        models,
+        nn,
+        objectives,
+        testing,
+    )
     from latentlab.codes import fit_codes
     from latentlab.inference.check import PairReport, check_pair
     from latentlab.inference.engine import FitDivergedError, fit
@@ -43,7 +53,10 @@ _HOMES = {
     "select": "latentlab.inference.select",
     "sequences": "latentlab.plates",
 }
-_MODULES = ("data", "diagnostics", "distributions", "flows", "guides", "models", "nn", "testing")
+_MODULES = (
+    "data", "diagnostics", "distributions", "flows", "guides", "models", "nn", "objectives",
+    "testing",
+)  # fmt: skip
 
 __all__ = [
     "Autoencoder",
@@ -68,6 +81,7 @@ __all__ = [
     "load",
     "models",
     "nn",
+    "objectives",
     "rows",
     "select",
     "sequences",

@@ -15,7 +15,10 @@ MODULES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE
 # towers do not see each other. The report draws plain arrays, and so stands on the ground.
 FLOORS = (
     ("seeds",),
-    ("data", "diagnostics", "distributions", "nn", "protocols", "report", "supports"),
+    (
+        *("data", "diagnostics", "distributions", "nn", "objectives"),
+        *("protocols", "report", "supports"),
+    ),
     ("flows", "plates"),
     ("guides",),
     ("inference", "models"),

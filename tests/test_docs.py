@@ -114,7 +114,8 @@ PUBLIC = (
     *("latentlab", "latentlab.data", "latentlab.data.simulate", "latentlab.data.checks"),
     *("latentlab.diagnostics", "latentlab.distributions", "latentlab.distributions.emissions"),
     *("latentlab.distributions.hmm", "latentlab.flows", "latentlab.guides", "latentlab.models"),
-    *("latentlab.nn", "latentlab.protocols", "latentlab.sklearn", "latentlab.testing"),
+    *("latentlab.nn", "latentlab.objectives", "latentlab.protocols", "latentlab.sklearn"),
+    "latentlab.testing",
 )
 DIRECTIVE = re.compile(
     r"^\.\. auto(module|function|class|exception):: ([\w.]+)\n((?:   :.*\n)*)", re.MULTILINE

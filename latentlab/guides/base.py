@@ -200,6 +200,10 @@ class Guide(nn.Module, ABC):
             log_det = part.volume(log_det)
         return Draws(values, log_q - _total(log_det, u))
 
+    def leaves_out_score(self, num_particles: int) -> bool:
+        """Whether the log q of so many draws has the gradient along their path, and no other."""
+        return True
+
     def _draw_part(self, num_particles: int, part: Part) -> tuple[Tensor, Tensor]:
         """As :meth:`_draw_free`, for the numbers of some rows; for guides that follow rows."""
         raise ValueError(

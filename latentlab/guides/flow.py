@@ -133,11 +133,15 @@ class Flow(Guide):
     def _log_stretch(self) -> Tensor:
         return self.log_scale.sum() + self.frame.diagonal().log().sum()
 
+    def leaves_out_score(self, num_particles: int) -> bool:
+        """See :meth:`Guide.leaves_out_score`; of many draws the Jacobians would be dear."""
+        return num_particles * self.num_latents <= _JACOBIAN_ROWS
+
     def _draw_free(self, num_particles: int) -> tuple[Tensor, Tensor]:
         eps = noise(num_particles, self.loc)
         if not self.num_latents:
             return eps, eps.new_zeros(num_particles)
-        if not torch.is_grad_enabled() or num_particles * self.num_latents > _JACOBIAN_ROWS:
+        if not torch.is_grad_enabled() or not self.leaves_out_score(num_particles):
             u, log_det = _Whole(self).push(eps)
             return u, standard_normal_log_prob(eps) - log_det
         w, log_det, slope = _push_with_score(self.flow, eps)

@@ -30,7 +30,7 @@ from latentlab.inference.posterior import Posterior
 from latentlab.inference.restarts import Place, Restarts, distances
 from latentlab.inference.rows import DRAWS_OF_ROWS, elbo_of_rows, looked_at
 from latentlab.inference.sandbox import manual_seed, stream
-from latentlab.inference.settings import RATE, Settings
+from latentlab.inference.settings import RATE, Settings, bound_of
 from latentlab.inference.stages import (
     INTERRUPTED,
     Climb,
@@ -40,6 +40,7 @@ from latentlab.inference.stages import (
 )
 from latentlab.inference.starts import Starts
 from latentlab.inference.steps import Engine
+from latentlab.objectives import ELBO, Objective
 from latentlab.protocols import Exchangeable, HoldsOut, owner_of
 
 __all__ = ["FitDivergedError", "fit"]
@@ -66,6 +67,7 @@ def fit(
     held_out: float | None = None,
     seed: int = 0,
     backend: Literal["auto", "eager", "xla"] = "auto",
+    objective: Objective = ELBO(),  # noqa: B008
     progress: bool | None = None,
 ) -> Posterior:
     r"""Fit a guide to the posterior of a model by stochastic variational inference.
@@ -93,7 +95,8 @@ def fit(
             mini-batches), ``"flow"`` (a bent normal: tails and curves that no normal has).
         batch_size: rows per step; ``None`` takes all. The model must accept ``size``.
         num_restarts: starts; by default 4 for guides of ours, 1 for others and for large ones.
-        num_particles: draws per step; by default 8 where they are cheap, else 1.
+        num_particles: draws per step; by default 8 where they are cheap, else 1. For an
+            objective of several draws, so many times those; by default once.
         max_steps: steps of the climb from each start.
         lr: rate of the first stage, in posterior standard deviations (for a guide of your own: in
             units of its parameters); by default 0.05, and where the pair has networks the best of
@@ -108,6 +111,8 @@ def fit(
             down once as a graph, compared with the pair, and compiled, which needs JAX;
             ``"auto"`` takes XLA where it can and where it pays. ``posterior.backend`` says which
             it was, and why.
+        objective: what is climbed, one of :mod:`latentlab.objectives`: by default the ELBO,
+            which is what is reported whatever is climbed.
         progress: a progress bar; by default where stderr is a terminal.
 
     Returns:
@@ -133,7 +138,8 @@ def fit(
         return _fit(
             *(model, data, guide),
             Settings.checked(
-                batch_size, num_restarts, num_particles, max_steps, lr, tol, seed, backend
+                *(batch_size, num_restarts, num_particles, max_steps, lr, tol, seed, backend),
+                objective,
             ),
             held_out,
             progress,
@@ -163,6 +169,7 @@ def _fit(
     for fault in report.faults:
         warnings.warn(str(fault), stacklevel=3)
     batch_size = _batch_size(pair, settings.batch_size)
+    pair.bound = bound_of(pair, settings.objective)
     enter = pair.entered(stream(seed, "fit"))
     with _progress(progress, settings.max_steps) as tick, enter, _threads(pair, batch_size):
         climb, restarts, rungs = ladder_for(pair, guide, batch_size is not None).ascend(
@@ -185,7 +192,7 @@ def _fit(
         stop_reason=climb.stop_reason,
         backend=str(climb.engine),
         restarts=restarts,
-        notes=(*map(str, report.faults), *report.notes),
+        notes=(*map(str, report.faults), *report.notes, *_other_than_the_elbo(pair)),
         seconds=time.perf_counter() - begin,
         fitted_to=fingerprint(pair.data),
         held_out_rows=compared,
@@ -209,6 +216,12 @@ def _kept_aside(
     else:
         share = 0.0 if held_out is None else as_share(held_out)
     return split(as_arguments(data, model), share, seed) if share else (data, None)
+
+
+def _other_than_the_elbo(pair: Pair) -> Iterator[str]:
+    if pair.bound is not None:
+        whose = "each row" if pair.bound.plate else "all data in one"
+        yield f"climbed {pair.bound.objective}, with the weights of {whose}; the ELBO is reported"
 
 
 def _refusal(faults: tuple[Fault, ...]) -> str:
@@ -356,7 +369,8 @@ def _further(
     seed = stream(settings.seed, "rung", rung)
     num_particles = _affordable(pair, settings, batch_size)[1]
     if isinstance(pair.guide, Flow) and settings.num_particles is None and pair.vectorised:
-        num_particles = _FLOW_PARTICLES
+        size = settings.objective.num_samples
+        num_particles = size * math.ceil(_FLOW_PARTICLES / size)
     lr, batch = _first_rate(pair, settings), _batches(pair, batch_size, seed)
     how = (pair, seed, num_particles, lr, settings.tol, settings.max_steps, batch, tick)
     return Climb(*how, Engine(pair, settings.backend, num_particles, settings.max_steps))
@@ -395,6 +409,8 @@ def _affordable(pair: Pair, settings: Settings, batch_size: int | None) -> tuple
     num_particles = settings.num_particles or (8 if many else 1)
     if pair.is_point():
         num_particles = 1  # a point is drawn without noise
+    if settings.objective.num_samples > 1:
+        num_particles = settings.objective.num_samples * (settings.num_particles or 1)
     return num_restarts, num_particles
 
 

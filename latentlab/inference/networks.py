@@ -44,6 +44,7 @@ from latentlab.guides import Draws, Guide
 from latentlab.inference import held_out as held_rows
 from latentlab.inference import objectives
 from latentlab.inference.batches import Batches, chosen, follows_rows, num_rows, take
+from latentlab.inference.bounds import values_of
 from latentlab.inference.modes import TrainingMode
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.rows import fewer, looks_by_row, on_rows, over_rows, row_terms
@@ -398,7 +399,10 @@ class _Judge:
             return weights / self.total, se or Estimate(float(weights[0]), 0.0)
 
     def _by_row(self, step: int) -> tuple[Tensor, Estimate]:
-        terms = row_terms(self.pair, _SCORED_DRAWS if self.pair.latents else 1)
+        bound = self.pair.bound
+        size = 1 if bound is None else bound.objective.num_samples
+        num_draws = size * math.ceil(_SCORED_DRAWS / size)
+        terms = row_terms(self.pair, num_draws if self.pair.latents else 1)
         elbo = Estimate.from_draws((terms.log_lik - terms.kl).mean(0).double())
         elbo = Estimate(self.total * elbo.value, self.total * elbo.se)
         owner, kl = owner_of(self.pair.model), terms.kl
@@ -410,4 +414,6 @@ class _Judge:
             kl = kl.mean(0).clamp_min(free).expand_as(kl) if free else kl
             kl = owner.kl_weight(step) * kl
         score = terms.log_lik - kl
+        if bound is not None and bound.plate is not None:
+            score = values_of(score, bound.objective)
         return (score.mean(0) if self.held is not None else score), elbo

@@ -27,7 +27,18 @@ from torch import Tensor
 from latentlab.guides import Draws, Guide
 from latentlab.inference.pair import Arguments, Pair
 
-__all__ = ["draw", "log_joint", "log_weights", "particles", "site_log_probs", "verify_vectorised"]
+__all__ = [
+    "by_row",
+    "draw",
+    "guide_log_probs",
+    "log_joint",
+    "log_q",
+    "log_weights",
+    "particles",
+    "per_particle",
+    "site_log_probs",
+    "verify_vectorised",
+]
 
 
 Site = Any  # a Pyro message: its type allows for values that sites do not have
@@ -128,7 +139,7 @@ def draw(pair: Pair, num_particles: int, data: Arguments | None = None) -> Draws
     if pair.vectorised:
         with particles(num_particles, pair), Record({}) as record:
             data.call(pair.guide)
-        log_q = _per_particle(record.log_prob, num_particles, pair.nesting)
+        log_q = per_particle(record.log_prob, num_particles, pair.nesting)
         # A point may be a parameter itself, and would move with it.
         values = record.values | {name: record.values[name].clone() for name in pair.points}
         return Draws(values, log_q, record.indices)
@@ -182,11 +193,27 @@ def site_log_probs(pair: Pair, draws: Draws, data: Arguments | None = None) -> d
     return _site_log_probs(pair, pair.model, draws, data or pair.data)
 
 
+def guide_log_probs(pair: Pair, draws: Draws, data: Arguments | None = None) -> dict[str, Tensor]:
+    """Log-density of each site of a guide that is a function, as :func:`site_log_probs`."""
+    kept = {name: value for name, value in draws.values.items() if name not in pair.points}
+    found = _site_log_probs(pair, pair.guide, replace(draws, values=kept), data or pair.data)
+    return {name: value for name, value in found.items() if name not in pair.points}
+
+
+def by_row(pair: Pair, site: str, log_prob: Tensor, plate: str | None, num: int) -> Tensor:
+    """Log-density of a site in the plate of the rows, for each of P draws and row: (P, M)."""
+    dim = next(dim for name, _, dim in pair.plates[site] if name == plate)
+    missing = pair.nesting + 1 - log_prob.dim()
+    value = log_prob.reshape((1,) * max(missing, 0) + tuple(log_prob.shape))
+    value = value.expand(num, *value.shape[1:]).movedim(dim, 1)
+    return value.reshape(*value.shape[:2], -1).sum(-1)
+
+
 def _score(pair: Pair, function: Callable, draws: Draws, data: Arguments) -> Tensor:
     """Log-density (P,) of the model or the guide."""
     if pair.vectorised:
         log_prob = _log_prob(pair, _run(pair, function, {**draws.values, **draws.indices}, data))
-        return _per_particle(log_prob, len(draws), pair.nesting)
+        return per_particle(log_prob, len(draws), pair.nesting)
     singles = _one_by_one(pair, function, draws, data)
     return torch.stack([_total(_log_prob(pair, single)) for single in singles])
 
@@ -302,7 +329,7 @@ def _equal(a: float | Tensor, b: float | Tensor) -> bool:
         return True
 
 
-def _per_particle(log_prob: Mapping[str, Tensor], num_particles: int, nesting: int) -> Tensor:
+def per_particle(log_prob: Mapping[str, Tensor], num_particles: int, nesting: int) -> Tensor:
     """Add the sites' log-densities, each summed over its batch but not over particles: (P,)."""
     total: Tensor | None = None
     for value in log_prob.values():

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro.distributions import Delta
@@ -21,6 +21,9 @@ from torch import Tensor
 from latentlab.guides import Guide, Latent
 from latentlab.inference.copying import copy_pair, modules_of
 from latentlab.inference.sandbox import sandbox
+
+if TYPE_CHECKING:
+    from latentlab.inference.bounds import Bound
 
 __all__ = [
     "Arguments",
@@ -109,6 +112,7 @@ class Pair:
         noisy: whether the guide has a site that is not a point mass.
         nesting: number of batch dimensions of the model.
         vectorised: whether many particles may go through the model at once.
+        bound: what is climbed; ``None`` for the ELBO.
     """
 
     model: Callable
@@ -125,6 +129,7 @@ class Pair:
     noisy: bool = False
     nesting: int = 0
     vectorised: bool = False
+    bound: Bound | None = None
 
     @contextmanager
     def entered(self, seed: int, validate: bool = False) -> Iterator[None]:

@@ -113,9 +113,13 @@ def row_terms(pair: Pair, num_particles: int) -> RowTerms:
         draws = Draws(q.values, torch.zeros(num))
         log_p = objectives.site_log_probs(pair, draws)
         zero = torch.zeros(num, 1, device=next(iter(log_p.values())).device)
-        log_lik = sum((_by_row(pair, s, log_p[s], plate, num) for s in pair.observed), zero)
-        kl = sum((_by_row(pair, s, value, plate, num) for s, value in q.log_prob.items()), zero)
-        kl = kl - sum((_by_row(pair, z.name, log_p[z.name], plate, num) for z in pair.latents), 0)
+
+        def by_row(site: str, log_prob: Tensor, num: int = num) -> Tensor:
+            return objectives.by_row(pair, site, log_prob, plate, num)
+
+        log_lik = sum((by_row(s, log_p[s]) for s in pair.observed), zero)
+        kl = sum((by_row(s, value) for s, value in q.log_prob.items()), zero)
+        kl = kl - sum((by_row(z.name, log_p[z.name]) for z in pair.latents), 0)
         parts.append(RowTerms(log_lik, kl.expand_as(log_lik)))
     return RowTerms(*(torch.cat(terms) for terms in zip(*parts, strict=True)))
 
@@ -124,15 +128,6 @@ def density_of_rows(pair: Pair, data: Arguments, num_particles: int) -> Tensor:
     """Log importance weights (P, M) of each of some rows, whose mean is its density."""
     terms = row_terms(on_rows(pair, data), num_particles)
     return terms.log_lik - terms.kl
-
-
-def _by_row(pair: Pair, site: str, log_prob: Tensor, plate: str | None, num: int) -> Tensor:
-    """Log-density of a site for each draw and row, (P, M)."""
-    dim = next(dim for name, _, dim in pair.plates[site] if name == plate)
-    missing = pair.nesting + 1 - log_prob.dim()
-    value = log_prob.reshape((1,) * max(missing, 0) + tuple(log_prob.shape))
-    value = value.expand(num, *value.shape[1:]).movedim(dim, 1)
-    return value.reshape(*value.shape[:2], -1).sum(-1)
 
 
 def elbo_of_rows(pair: Pair, total: int, num_particles: int) -> Estimate:

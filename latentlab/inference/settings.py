@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
+
+import torch
 
 from latentlab.data.checks import as_count, as_seed
+from latentlab.inference import objectives, predictive
+from latentlab.inference.batches import follows_rows
+from latentlab.inference.bounds import Bound
+from latentlab.inference.pair import Pair
 from latentlab.inference.steps import Backend
+from latentlab.objectives import ELBO, Objective
+from latentlab.protocols import Anneals, owner_of
 
-__all__ = ["RATE", "Settings"]
+__all__ = ["RATE", "Settings", "bound_of"]
 
 RATE = 0.05
 """Rate of the first stage, in posterior standard deviations."""
@@ -28,6 +36,7 @@ class Settings:
         tol: shift below which stages agree.
         seed: of all noise.
         backend: what takes the steps.
+        objective: what is climbed.
     """
 
     batch_size: int | None
@@ -38,6 +47,7 @@ class Settings:
     tol: float
     seed: int
     backend: Backend
+    objective: Objective
 
     @classmethod
     def checked(
@@ -50,6 +60,7 @@ class Settings:
         tol: float,
         seed: int,
         backend: str,
+        objective: Any,  # noqa: ANN401
     ) -> Settings:
         """Settings in range, each fault named."""
         for name, value in (("lr", RATE if lr is None else lr), ("tol", tol)):
@@ -63,6 +74,11 @@ class Settings:
         if str(backend) not in known:
             listed = ", ".join(f'"{name}"' for name in known)
             raise ValueError(f"backend: expected one of {listed}, got {backend!r}")
+        if not isinstance(objective, Objective) or type(objective) is Objective:
+            raise ValueError(
+                "objective: expected one of latentlab.objectives, as ELBO() or "
+                f"IWAE(num_samples=8), got {objective!r}"
+            )
         return cls(
             _count(batch_size, "batch_size"),
             _count(num_restarts, "num_restarts"),
@@ -72,8 +88,48 @@ class Settings:
             tol,
             as_seed(seed),
             backend,  # type: ignore[arg-type]
+            objective,
         )
 
 
 def _count(value: int | None, name: str) -> int | None:
     return None if value is None else as_count(value, name)
+
+
+def bound_of(pair: Pair, objective: Objective) -> Bound | None:
+    """The bound that a pair is to climb; ``None`` for the ELBO, which has a way of its own.
+
+    Arguments:
+        pair: the pair, looked at.
+        objective: what was asked for.
+
+    Raises:
+        ValueError: if it has no meaning for the pair.
+    """
+    if isinstance(objective, ELBO):
+        return None
+    name = type(objective).__name__
+    if pair.is_point():
+        raise ValueError(
+            f"objective: {name} weighs draws of a guide, and this pair's is a point: all of them "
+            "are the same; take a guide with a spread, or ELBO()"
+        )
+    owner = owner_of(pair.model)
+    if isinstance(owner, Anneals) and owner.free_bits:
+        raise ValueError(
+            f"objective: {name} knows of no free bits; set free_bits=0, or take ELBO()"
+        )
+    with pair.entered(seed=0), torch.no_grad():
+        draws = objectives.draw(pair, 1)
+        if draws.indices:
+            raise ValueError(
+                f"objective: {name} needs all rows, or fit(..., batch_size=); this pair draws "
+                "mini-batches itself"
+            )
+        plate = predictive.datum_plate(pair) if follows_rows(pair) else None
+        sites = {*objectives.site_log_probs(pair, draws), *draws.values} - {*pair.points}
+    if plate is not None and any(
+        plate not in {name for name, _, _ in pair.plates.get(site, ())} for site in sites
+    ):
+        plate = None  # a factor of all data
+    return Bound(objective, plate)
