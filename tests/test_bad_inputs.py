@@ -581,3 +581,39 @@ def test_row_48_a_loss_that_stays_nan_names_step_site_and_value():
     assert error.value.step > 0
     assert error.value.site == "late"
     assert math.isnan(error.value.value)
+
+
+# ---- row 30: rows that are no probabilities -----------------------------------------------------
+
+CHAIN = torch.tensor([0.5, 0.5]), torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.zeros(3, 2)
+CHAIN_FUNCTIONS = ("log_prob", "filter", "smooth", "pairwise", "decode", "predict_next")
+
+
+@pytest.mark.parametrize("name", [*CHAIN_FUNCTIONS, "sample_paths", "forecast"])
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([0.9, 0.9], "rows that sum to 1, got 1.8 in row 1"),
+        ([0.0, 0.0], "rows that sum to 1, got 0 in row 1"),
+        ([1.2, -0.2], "probabilities >= 0, got -0.2 in row 1"),
+        ([NAN, 0.5], "in row 1"),
+    ],
+)
+def test_transitions_that_are_no_probabilities(name, row, message):
+    from latentlab.distributions import hmm
+
+    initial, transitions, seen = CHAIN
+    wrong = torch.stack([transitions[0], torch.tensor(row)])
+    with pytest.raises(ValueError, match=f"transitions: expected .*{message}"):
+        getattr(hmm, name)(initial, wrong, seen)
+    with pytest.raises(ValueError, match="initial: expected .* in its row"):
+        getattr(hmm, name)(torch.tensor([-0.5, 1.5]), transitions, seen)
+
+
+def test_a_chain_of_rows_that_are_no_probabilities():
+    from latentlab.distributions.markov import HiddenMarkov
+
+    emission = dist.Normal(torch.tensor([[-1.0], [1.0]]), 1.0).to_event(1)
+    transitions = torch.tensor([[0.9, 0.1], [0.9, 0.9]])
+    with pytest.raises(ValueError, match="transitions: expected rows .*got 1.8 in row 1"):
+        HiddenMarkov(CHAIN[0], transitions, emission, num_steps=3)

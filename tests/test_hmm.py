@@ -192,6 +192,11 @@ def test_earthquakes_have_their_maximum(num_states, initial, loss):
     if num_states == 2:
         rates = posterior.sample(1)["rates"].flatten().sort().values
         assert rates.tolist() == pytest.approx([15.42, 26.02], rel=1e-2)
+    if (num_states, initial) == (2, "free"):
+        draw = {name: value.squeeze() for name, value in posterior.sample(1).items()}
+        order = draw["rates"].argsort()
+        moves = draw["transitions"][order][:, order]
+        assert [moves[0, 1], moves[1, 0]] == pytest.approx([0.071626, 0.11903], abs=2e-3)
 
 
 @pytest.mark.slow

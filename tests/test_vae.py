@@ -474,6 +474,12 @@ def test_an_encoding_is_read_from_a_pair_a_triple_or_one_tensor():
 # ---- annealing ----------------------------------------------------------------------------------
 
 
+def test_a_warm_up_that_does_not_end_is_named():
+    posterior = ll.fit(small(warm_up=10_000), torch.randn(40, 3).double(), max_steps=250)
+    assert not posterior.converged
+    assert "the KL still counted 0.025 and rising" in posterior.stop_reason
+
+
 def test_warming_up_ends_at_beta():
     vae = small(beta=4.0, warm_up=100, free_bits=0.5)
     assert isinstance(vae, protocols.Anneals)

@@ -13,7 +13,7 @@ what emits. There is a transition between two observations, and none before the 
 - A missing observation has log-likelihood 0 in every state.
 - ``lengths`` (...,), whole numbers: steps from there on do not exist, whatever stands there. In
   what is returned they have probability 0, and state -1 in paths.
-- Probabilities are taken as they are: rows that do not sum to one give the sum above all the same.
+- Rows that are no probabilities are refused, each by its index, while torch validates arguments.
 
 The likelihood can be differentiated, twice if need be. All else has no derivatives.
 A module to be used by its name, as ``filter`` is also a word of Python.
@@ -43,6 +43,7 @@ from torch import Tensor
 from latentlab.distributions import hmm_op, hmm_paths
 from latentlab.distributions.hmm_lanes import Layout, absent_steps
 from latentlab.distributions.hmm_logs import LogChains
+from latentlab.distributions.stochastic import expect_probabilities
 
 __all__ = [
     "decode",
@@ -386,7 +387,7 @@ def sample_paths(
 def _checked(
     initial: Tensor, transitions: Tensor, log_likelihoods: Tensor, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The arrays in their common precision, if types and shapes are right; no value is read."""
+    """The arrays in their common precision, if types, shapes and rows are right."""
     named = {
         "initial": initial,
         "transitions": transitions,
@@ -421,6 +422,8 @@ def _checked(
             f"broadcast, got {', '.join(str(tuple(shape)) for shape in batches)}; parameters of S "
             "draws go with B chains as (S, 1, ...)"
         ) from None
+    expect_probabilities(initial, "initial")
+    expect_probabilities(transitions, "transitions")
     dtype = torch.promote_types(initial.dtype, transitions.dtype)
     dtype = torch.promote_types(dtype, log_likelihoods.dtype)
     return initial.to(dtype), transitions.to(dtype), log_likelihoods.to(dtype)

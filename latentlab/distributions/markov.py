@@ -23,6 +23,7 @@ from torch.distributions import constraints
 from latentlab.distributions import hmm
 from latentlab.distributions.cells import Cells, Parts
 from latentlab.distributions.normal_row import NormalRow
+from latentlab.distributions.stochastic import expect_probabilities
 
 __all__ = ["HiddenMarkov", "log_likelihoods"]
 
@@ -49,7 +50,7 @@ class HiddenMarkov(TorchDistribution):
         validate_args: as in ``torch.distributions``.
 
     Raises:
-        ValueError: if the shapes do not agree in K.
+        ValueError: if the shapes do not agree in K, or a row is no probabilities.
 
     Example:
         >>> import torch
@@ -87,6 +88,9 @@ class HiddenMarkov(TorchDistribution):
                 f"transitions, emission: expected shapes (..., {K}, {K}) and (..., {K}) to match "
                 f"initial, got {tuple(transitions.shape)} and {tuple(emission.batch_shape)}"
             )
+        if validate_args is not False:
+            expect_probabilities(initial, "initial")
+            expect_probabilities(transitions, "transitions")
         self.initial, self.transitions, self.emission = initial, transitions, emission
         self.num_steps, self.lengths = num_steps, lengths
         batch = torch.broadcast_shapes(

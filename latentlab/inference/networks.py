@@ -200,6 +200,12 @@ class NetworkClimb:
             if self.num_steps >= self.max_steps:
                 self.restore(best_state)
                 gained = "still rising" if not idle else f"{idle} stages without a gain"
+                if self._annealing():
+                    weight = kl_weight(self.pair, self.num_steps)
+                    gained = (
+                        f"the KL still counted {weight:.2g} and rising: take more steps, or a "
+                        "shorter warm_up"
+                    )
                 self.stop_reason = f"max_steps: {self.num_steps} steps, {gained}"
                 return
             steps = min(self._length(), self.max_steps - self.num_steps)

@@ -4,7 +4,8 @@ r"""One-step-ahead pseudo-residuals of a hidden Markov model.
           r_{td} = \Phi^{-1}(u_{td})
 
 with F the distribution function of a column in a state. Of a discrete column, u is uniform between
-the value and the one before. Where the model is right, all r are independent standard normal.
+the value and the one before. Where the model is right, the r of a column are independent standard
+normal. Those of two columns are not independent of each other: a step has one state for both.
 
 Letters: B sequences, T steps, D features, K states.
 
