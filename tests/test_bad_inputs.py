@@ -617,3 +617,100 @@ def test_a_chain_of_rows_that_are_no_probabilities():
     transitions = torch.tensor([[0.9, 0.1], [0.9, 0.9]])
     with pytest.raises(ValueError, match="transitions: expected rows .*got 1.8 in row 1"):
         HiddenMarkov(CHAIN[0], transitions, emission, num_steps=3)
+
+
+# ---- rows far from all that was fitted ----------------------------------------------------------
+
+
+def normal(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def coded():
+    x = torch.cat([normal(20, 2) - 3, normal(20, 2) + 3]).float()
+    vae = ll.VariationalAutoencoder(num_features=2, latent_dim=1, hidden_dims=(4,))
+    ae = ll.Autoencoder(num_features=2, latent_dim=1, hidden_dims=(4,))
+    return [ll.fit(model, x, max_steps=400, progress=False).model for model in (vae, ae)]
+
+
+@pytest.mark.parametrize("value", [1e40, 1e80])
+@pytest.mark.parametrize("name", ["encode", "reconstruct", "log_prob", "impute", "error"])
+def test_a_row_whose_code_is_not_finite_is_named(coded, name, value):
+    x = torch.tensor([[1.0, 1.0], [value, 1.0]], dtype=torch.float64)
+    x[0, 1] = NAN if name == "impute" else 1.0
+    for model in [model for model in coded if hasattr(model, name)]:
+        with pytest.raises(ValueError, match="x: row 1 lies so far"):
+            getattr(model, name)(x)
+
+
+@pytest.mark.parametrize(("raw", "trusted"), [(0.0, True), (-100.0, False)])
+def test_weights_that_are_all_the_same_are_not_trusted(raw, trusted):
+    """Far away an encoder is as narrow as can be, wherever the posterior is."""
+    vae = ll.VariationalAutoencoder(num_features=2, latent_dim=1, hidden_dims=(4,))
+    with torch.no_grad():
+        vae.encoder[-1].weight[1], vae.encoder[-1].bias[1] = 0.0, raw
+    khat = vae.log_prob(normal(5, 2).float()).khat
+    assert khat.khat.isfinite().all() == trusted
+    assert trusted or len(khat.bad) == 5
+
+
+def test_latents_that_cannot_be_decoded_are_named(coded):
+    for model in coded:
+        with pytest.raises(ValueError, match="z: the decoder gives no finite numbers .* 1e\\+300"):
+            model.decode(torch.tensor([[1e300]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("value", [7.0, 1e6, 1e12])
+def test_a_constant_column_leaves_a_sphere_to_the_others(value):
+    x = torch.cat([normal(40, 1) - 4, normal(40, 1) + 4])
+    x = torch.cat([x, torch.full((80, 1), value).double()], 1)
+    with pytest.warns(UserWarning, match="constant column 'x1'"):
+        posterior = fit(x, ll.GaussianMixture(2, 2, covariance="spherical"), max_steps=1500)
+    locs = posterior.sample(200)["locs"].mean(0)
+    order = locs[:, 0].argsort()
+    assert locs[order, 0].tolist() == pytest.approx([-4, 4], abs=0.8)
+    assert locs[:, 1].tolist() == pytest.approx([value, value], rel=1e-6, abs=2.0)
+
+
+def test_an_outlier_beside_one_number_is_told():
+    x = torch.cat([torch.zeros(35), normal(4), torch.tensor([1e12])])[:, None]
+    with pytest.warns(UserWarning, match="row 39 of column 'x0' .* deviations of the others"):
+        ll.GaussianMixture(1, 2).scale_to(x)
+
+
+def vae_of_two(**settings):
+    return ll.VariationalAutoencoder(num_features=2, **settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: ll.VariationalAutoencoder(num_features=2, missing="no"),
+            "missing: expected True",
+        ),
+        (
+            lambda: ll.VariationalAutoencoder(num_features=2, num_components=0),
+            "num_components must",
+        ),
+        (
+            lambda: ll.HiddenMarkovModel(2, 1, num_categories=3),
+            "num_categories: is for categorical",
+        ),
+        (lambda: fit(X, progress="no"), "progress: expected True, False or None"),
+        (
+            lambda: ll.fit(ll.HiddenMarkovModel(2, 2), {"y": X}),
+            "data: HiddenMarkovModel takes x, leng",
+        ),
+    ],
+)
+def test_an_argument_that_would_be_ignored(make, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        make()
+
+
+def test_a_time_without_end_has_no_order():
+    frame = pd.DataFrame({"t": [1.0, INF, 3.0], "y": [9.0, 10.0, 11.0]})
+    with pytest.raises(ValueError, match=r"time: expected finite numbers in 't' .* inf \(row 1\)"):
+        ll.data.as_sequences(frame, time="t")

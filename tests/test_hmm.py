@@ -10,12 +10,12 @@ import pyro.distributions as dist
 import pyro.poutine as poutine
 import pytest
 import torch
+from oracles import hidden_chain
 from scipy import stats
-from scipy.special import logsumexp
 
 import latentlab as ll
 from latentlab.diagnostics import align
-from latentlab.distributions import Cells
+from latentlab.distributions import Cells, hmm
 from latentlab.models.hmm_chain import stationary
 from latentlab.models.hmm_remarks import dwell_times
 from latentlab.report.sequences import plot_dwell_times
@@ -54,7 +54,7 @@ def prior_values(model, seed=0):
 
 
 def brute_force(model, values, x, length):
-    """log p(x) of one sequence: a sum over all K^T paths."""
+    """Everything about one sequence: sums over all K^T paths."""
     data = {name: value[None] for name, value in values.items()}
     initial, moves = (
         v.reshape(v.shape[-n:]) for n, v in zip((1, 2), chain_of(model, data), strict=True)
@@ -64,13 +64,7 @@ def brute_force(model, values, x, length):
     for step in range(length):
         if not x[step].isnan().all():
             seen[step] = rows.log_prob(x[step])
-    joint = [
-        initial[p[0]].log()
-        + sum(moves[i, j].log() for i, j in itertools.pairwise(p))
-        + sum(seen[step, k] for step, k in enumerate(p))
-        for p in itertools.product(range(model.num_states), repeat=length)
-    ]
-    return float(logsumexp([float(j) for j in joint]))
+    return initial, moves, seen, hidden_chain(initial, moves, seen)
 
 
 def chain_of(model, draws):
@@ -105,8 +99,36 @@ def test_the_likelihood_sums_over_all_paths(kind, holes):
     conditioned = poutine.condition(model, data=values)
     trace = poutine.trace(conditioned).get_trace(x, lengths)
     trace.compute_log_prob()
-    wanted = [brute_force(model, values, x[b], n) for b, n in enumerate(lengths.tolist())]
-    np.testing.assert_allclose(trace.nodes["x"]["log_prob"].numpy(), wanted, rtol=1e-10)
+    wanted = [brute_force(model, values, x[b], n)[-1] for b, n in enumerate(lengths.tolist())]
+    found = trace.nodes["x"]["log_prob"].numpy()
+    np.testing.assert_allclose(found, [chain.log_prob for chain in wanted], rtol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_are_those_of_all_paths(kind):
+    model = ll.HiddenMarkovModel(K, **KINDS[kind])
+    values, x = prior_values(model, seed=1)
+    x = x.clone()
+    x[0, 2], x[2, 1, 0] = torch.nan, torch.nan
+    lengths = torch.tensor([T, 2, 4])
+    draws = {name: value[None] for name, value in values.items()}
+    smoothed, filtered = model.smooth(x, draws, lengths), model.filter(x, draws, lengths)
+    paths = model.decode(x, draws, lengths)
+    for b, n in enumerate(lengths.tolist()):
+        *arrays, wanted = brute_force(model, values, x[b], n)
+        np.testing.assert_allclose(smoothed[b, :n], wanted.smoothed, atol=1e-10)
+        np.testing.assert_allclose(filtered[b, :n], wanted.filtered, atol=1e-10)
+        np.testing.assert_allclose(hmm.pairwise(*arrays), wanted.pairwise, atol=1e-10)
+        assert paths[b, :n].tolist() == wanted.best.tolist()
+        assert (paths[b, n:] == -1).all()
+    drawn = hmm.sample_paths(*arrays, num_samples=20_000)
+    codes = (drawn * K ** torch.arange(n - 1, -1, -1)).sum(-1)
+    expected = 20_000 * wanted.path_probs
+    counts = np.bincount(codes, minlength=K**n)
+    assert (counts[expected == 0] == 0).all()
+    likely = expected > 5
+    chi2 = ((counts - expected)[likely] ** 2 / expected[likely]).sum()
+    assert chi2 < likely.sum() - 1 + 5 * np.sqrt(2 * max(likely.sum() - 1, 1))
 
 
 def test_a_batch_stands_for_the_whole_data_set():

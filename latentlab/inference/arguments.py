@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,6 +74,13 @@ def as_arguments(
     if isinstance(owner, ArrangesData):
         given = data if isinstance(data, tuple) else () if isinstance(data, Mapping) else (data,)
         named = {str(k): v for k, v in data.items()} if isinstance(data, Mapping) else {}
+        try:
+            inspect.signature(owner.arrange).bind(*given, names=names, **named)
+        except TypeError as error:
+            raise TypeError(
+                f"data: {type(owner).__name__} takes {_parameters_of(owner)}: {error}; several "
+                "arguments are a tuple, or a dict with their names"
+            ) from None
         args, kwargs, columns = owner.arrange(*given, names=names, **named)
         read = tuple(reader.read(v, f"data[{i}]") for i, v in enumerate(args))
         return Arguments(read, {k: reader.read(v, k) for k, v in kwargs.items()}, columns)
@@ -90,6 +98,11 @@ def as_arguments(
         # A model that measures its columns takes them for real numbers, whatever they came in.
         value = value if value.is_floating_point() else value.to(reader.dtype or torch.float64)
     return Arguments((value,), names=data.names if isinstance(data, Table) else None)
+
+
+def _parameters_of(owner: ArrangesData) -> str:
+    names = [name for name in inspect.signature(owner.arrange).parameters if name != "names"]
+    return ", ".join(names)
 
 
 def tell_columns(model: Callable, names: Sequence[str] | None) -> None:

@@ -456,6 +456,8 @@ def _final_elbo(pair: Pair, seed: int) -> Estimate:
 @contextmanager
 def _progress(wanted: bool | None, total: int) -> Iterator[Callable[[int, float], None]]:
     """A bar on a terminal, nothing elsewhere."""
+    if wanted not in (None, True, False):
+        raise TypeError(f"progress: expected True, False or None, got {wanted!r}")
     if not (sys.stderr.isatty() if wanted is None else wanted):
         yield lambda step, loss: None
         return

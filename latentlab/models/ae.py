@@ -31,7 +31,7 @@ from latentlab.distributions import Bernoulli, Gaussian, Likelihood
 from latentlab.distributions.cells import may_miss
 from latentlab.models import vae_nets as nets
 from latentlab.models.gmm_units import mean_and_sd, warn_far
-from latentlab.models.over_rows import OverRows, as_latents
+from latentlab.models.over_rows import OverRows, as_latents, expect_cells, expect_codes
 from latentlab.models.vae_parts import read
 from latentlab.models.vae_pictures import PLOTTED, Coded, plot_autoencoder
 from latentlab.nn import as_widths
@@ -166,7 +166,9 @@ class Autoencoder(OverRows):
         cells = self._rows(x, min_rows=1)
         step = max(1, _CHUNK // math.prod(self.event_shape))
         with torch.no_grad():
-            return torch.cat([self._codes(part) for part in cells.split(step)])
+            codes = torch.cat([self._codes(part) for part in cells.split(step)])
+        expect_codes(codes.isfinite().all(-1))
+        return codes
 
     def decode(self, z: Tensor) -> Tensor:
         """Rows from codes, shape (..., D) or (..., C, H, W), in the units of the data.
@@ -175,7 +177,8 @@ class Autoencoder(OverRows):
             z: codes, shape (..., L).
         """
         with torch.no_grad():
-            return self.likelihood.mean(self._params(as_latents(z, self.latent_dim)))
+            z = as_latents(z, self.latent_dim)
+            return self.likelihood.mean(expect_cells(self._params(z), z))
 
     def reconstruct(self, x: Tensor | Table) -> Tensor:
         """Rows decoded from their codes, missing cells included.

@@ -256,8 +256,11 @@ class GaussianMixture(OverRows):
         # Where rounding alone tells rows apart, a column's size is its scale, one if it is zero.
         rounding = 8 * torch.finfo(table.x.dtype).eps * center.abs()
         size_of = torch.where(center == 0, 1.0, center.abs())
+        varies = spread > rounding
+        if self.covariance == "spherical" and bool(varies.any()):  # one scale: that of the others
+            size_of = spread[varies].mean().expand_as(spread)
         self.center = center
-        self.spread = torch.where(spread > rounding, spread, size_of)
+        self.spread = torch.where(varies, spread, size_of)
         total = float(len(table) if counts is None else counts.sum())
         self.num_rows = torch.tensor(total if size is None else float(size), dtype=torch.float64)
         self.assume_missing = bool(table.missing.any())  # a blank row is one, too

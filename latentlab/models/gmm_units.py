@@ -110,13 +110,18 @@ def warn_far(table: Table, spread: Tensor) -> None:
     x = table.x[:: -(-len(table) // _SAMPLE_ROWS)].double().sort(0).values  # NaN last
     count = (~x.isnan()).sum(0)
     quarter, half, three = (x.gather(0, (count * q // 4)[None])[0] for q in (1, 2, 3))
-    far = (spread > _FAR * (three - quarter)) & (three > quarter)
+    far = spread > _FAR * (three - quarter)
     for d in far.nonzero().flatten().tolist():
         away = (table.x[:, d] - half[d]).abs().nan_to_num(0.0)
-        row = int(away.argmax())
+        row, unit, name = int(away.argmax()), (three - quarter)[d], "interquartile ranges"
+        if unit == 0:  # most of the column is one number: the others say what is far
+            others = torch.cat([table.x[:row, d], table.x[row + 1 :, d]])[:, None].double()
+            unit, name = mean_and_sd(others)[1][0], "standard deviations of the others"
+            if not away[row] > 1e4 * unit > 0:
+                continue
         warnings.warn(
             f"x: row {row} of column {table.names[d]!r} ({float(table.x[row, d]):g}) is "
-            f"{float(away[row] / (three - quarter)[d]):.0e} interquartile ranges from the median: "
+            f"{float(away[row] / unit):.0e} {name} from the median: "
             "beside it the other rows look alike; look at it, leave it out or take logarithms",
             stacklevel=3,
         )

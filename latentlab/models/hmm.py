@@ -119,6 +119,11 @@ class HiddenMarkovModel(nn.Module):
         self.num_states = as_count(num_states, "num_states")
         if num_categories is not None:
             num_categories = as_count(num_categories, "num_categories")
+            kinds = emissions if isinstance(emissions, list | tuple) else [emissions]
+            if "categorical" not in kinds:
+                raise ValueError(
+                    f"num_categories: is for categorical columns, got emissions={emissions!r}"
+                )
         self.emission = emission_of(
             emissions, as_count(num_features, "num_features"), num_categories
         )

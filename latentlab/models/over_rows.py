@@ -16,7 +16,7 @@ from latentlab.data.checks import as_rows
 from latentlab.data.images import as_images
 from latentlab.data.table import Table, shown
 
-__all__ = ["OverRows", "as_latents"]
+__all__ = ["OverRows", "as_latents", "expect_codes", "expect_cells"]
 
 
 def as_latents(z: Any, latent_dim: int, argument: str = "z") -> Tensor:  # noqa: ANN401
@@ -42,6 +42,41 @@ def as_latents(z: Any, latent_dim: int, argument: str = "z") -> Tensor:  # noqa:
     if not bool(torch.isfinite(found).all()):
         raise ValueError(f"{argument}: expected finite numbers, got nan or inf")
     return found
+
+
+def expect_codes(finite: Tensor) -> None:
+    """Refuse rows from which an encoder makes no finite numbers.
+
+    Arguments:
+        finite: whether it does, for each row, shape (N,).
+
+    Raises:
+        ValueError: by the first row of which it does not.
+    """
+    if not bool(finite.all()):
+        row = int((~finite).nonzero()[0])
+        raise ValueError(
+            f"x: row {row} lies so far from the rows that were fitted that its code is not finite "
+            "in the precision of the networks; look at it, or leave it out"
+        )
+
+
+def expect_cells(params: Tensor, z: Tensor) -> Tensor:
+    """The decoder's numbers, refused where they are not finite.
+
+    Arguments:
+        params: shape (..., numbers).
+        z: the latents that they are of, shape (..., L).
+
+    Raises:
+        ValueError: by the largest of the latents.
+    """
+    if not bool(params.isfinite().all()):
+        raise ValueError(
+            f"z: the decoder gives no finite numbers for latents up to {float(z.abs().max()):.3g} "
+            "in size; latents are in units of their prior, mostly between -3 and 3"
+        )
+    return params
 
 
 class OverRows(nn.Module):

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import pyro
@@ -39,8 +40,9 @@ from latentlab.diagnostics import Collapse, RowEvidence, collapse, row_evidence
 from latentlab.distributions import Likelihood, likelihood_of
 from latentlab.distributions.cells import may_miss
 from latentlab.models import vae_nets as nets
-from latentlab.models.over_rows import OverRows, as_latents
+from latentlab.models.over_rows import OverRows, as_latents, expect_cells, expect_codes
 from latentlab.models.vae_parts import (
+    Encoding,
     FlowPosterior,
     Imputation,
     MixturePrior,
@@ -58,6 +60,7 @@ __all__ = ["VariationalAutoencoder"]
 
 _CHUNK = 2**23  # numbers of (S, B, D) held at a time
 _FEW_DRAWS = 200  # behind a figure of each row in a table
+_NARROW = 1e-5  # of which the scale of an encoding is a tenth at least
 _REMARK_ROWS = 2_000  # looked at for collapse
 
 
@@ -126,7 +129,10 @@ class VariationalAutoencoder(OverRows):
         _check_choice(prior, "prior", ("normal", "mixture"))
         hidden_dims = as_widths(hidden_dims)
         self.beta, self.free_bits = _number(beta, "beta"), _number(free_bits, "free_bits")
-        self.warm_up, self.missing = as_count(warm_up, "warm_up", minimum=0), bool(missing)
+        if not isinstance(missing, bool):
+            raise TypeError(f"missing: expected True or False, got {missing!r}")
+        num_components = as_count(num_components, "num_components")
+        self.warm_up, self.missing = as_count(warm_up, "warm_up", minimum=0), missing
         self.likelihood = likelihood_of(likelihood)
         self._recipe: dict[str, Any] | None = None
         if encoder is None and decoder is None:
@@ -143,7 +149,7 @@ class VariationalAutoencoder(OverRows):
             self.flow: Any = flow_for(L, built.num_context) if posterior == "flow" else None
             self.prior: NormalPrior | MixturePrior = NormalPrior(L)
             if prior == "mixture":
-                self.prior = MixturePrior(L, as_count(num_components, "num_components"))
+                self.prior = MixturePrior(L, num_components)
         self.encoder, self.decoder, self.event_shape = built[:3]
 
     @property
@@ -230,6 +236,7 @@ class VariationalAutoencoder(OverRows):
             draws = 1 if self.flow is None else _FEW_DRAWS
             parts = [self._moments(self._posterior(part)) for part in self._chunks(x, draws)]
         loc, scale = (torch.cat(moments) for moments in zip(*parts, strict=True))
+        expect_codes((loc.isfinite() & scale.isfinite()).all(-1))
         return loc, scale
 
     def decode(self, z: Tensor) -> Tensor:
@@ -242,7 +249,8 @@ class VariationalAutoencoder(OverRows):
             Rows, shape (..., D) or (..., C, H, W), in the units of the data.
         """
         with torch.no_grad():
-            return self.likelihood.mean(self._params(as_latents(z, self.latent_dim)))
+            z = as_latents(z, self.latent_dim)
+            return self.likelihood.mean(expect_cells(self._params(z), z))
 
     def reconstruct(self, x: Tensor | Table) -> Tensor:
         """Rows decoded from the mean of their encodings, missing cells included.
@@ -310,6 +318,7 @@ class VariationalAutoencoder(OverRows):
             The draws, with what tells how good they are.
         """
         x, num_samples = self._rows(x), as_count(num_samples, "num_samples")
+        self._narrow(x)
         num_codes = as_count(num_codes, "num_codes", 25)
         draws, means, weights = [], [], []
         with torch.no_grad(), seeded(as_seed(seed)):
@@ -401,15 +410,19 @@ class VariationalAutoencoder(OverRows):
         return flat.reshape(*z.shape[:-1], *flat.shape[1:])
 
     def _posterior(self, x: Tensor) -> Any:  # noqa: ANN401
+        encoding = self._encoding(x)
+        if self.flow is not None:
+            return FlowPosterior(encoding, self.flow)
+        # What is not finite is told by the row of it, further out.
+        return dist.Normal(encoding.loc, encoding.scale, validate_args=False).to_event(1)
+
+    def _encoding(self, x: Tensor) -> Encoding:
         cells = self.likelihood.inputs(x).to(nets.dtype_of(self.encoder))
         if may_miss(cells):
             cells = torch.where(cells.isnan(), 0.0, cells)
         if self.missing:
             cells = torch.cat([cells, (~x.isnan()).to(cells.dtype)], 1)
-        encoding = read(self.encoder(cells), self.latent_dim)
-        if self.flow is not None:
-            return FlowPosterior(encoding, self.flow)
-        return dist.Normal(encoding.loc, encoding.scale).to_event(1)
+        return read(self.encoder(cells), self.latent_dim)
 
     def _moments(self, q: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
         if isinstance(q, FlowPosterior):
@@ -425,9 +438,26 @@ class VariationalAutoencoder(OverRows):
         return z, log_p - q.log_prob(z)
 
     def _evidence(self, x: Tensor, num_samples: int, seed: int) -> RowEvidence:
+        narrow = self._narrow(x)
         with torch.no_grad(), seeded(as_seed(seed)):
             parts = [self._weighted(part, num_samples)[1] for part in self._chunks(x, num_samples)]
-        return row_evidence(torch.cat(parts, 1))
+        log_w = torch.cat(parts, 1)
+        expect_codes(log_w.isfinite().all(0))
+        found = row_evidence(log_w)
+        khat = torch.where(narrow.to(found.khat.khat.device), math.inf, found.khat.khat)
+        return replace(found, khat=replace(found.khat, khat=khat))
+
+    def _narrow(self, x: Tensor) -> Tensor:
+        """Whether a row's encoding is as narrow as one can be, (N,); refuses what has none.
+
+        All its draws are then the same, their weights, too, and what these say is worth nothing.
+        """
+        with torch.no_grad():
+            found = [self._encoding(part) for part in self._chunks(x, 1)]
+        loc = torch.cat([each.loc for each in found])
+        scale = torch.cat([each.scale for each in found])
+        expect_codes((loc.isfinite() & scale.isfinite()).all(-1))
+        return (scale < _NARROW).any(-1)
 
     def _chunks(self, x: Tensor, num_samples: int) -> tuple[Tensor, ...]:
         return x.split(max(1, _CHUNK // (num_samples * math.prod(self.event_shape))))

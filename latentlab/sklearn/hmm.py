@@ -250,10 +250,12 @@ class _HMM(BaseEstimator):
             lengths, X = found.lengths.tolist(), found.rows()
         table = read_rows(self, X, reset=reset)
         data = as_sequences(Table(table.x, table.names), lengths, argument="X")
-        if self.__sklearn_tags__().input_tags.positive_only and bool((data.x < 0).any()):
+        below = (table.x < 0).nonzero()
+        if self.__sklearn_tags__().input_tags.positive_only and len(below):
+            first = below[0].tolist()
             raise ValueError(
                 f"X: Negative values in data passed to {type(self).__name__}; expected whole "
-                f"numbers from 0 on, got {float(data.x.nan_to_num(0.0).min()):g}"
+                f"numbers from 0 on, got {float(table.x[*first]):g} at {first}"
             )
         if not reset and isinstance(self._model.emission, ChecksRows):
             self._model.emission.check(data.rows().x, "X")

@@ -69,6 +69,9 @@ def read_rows(estimator: BaseEstimator, X: Any, *, reset: bool) -> Table:  # noq
         X = rows.x.numpy(force=True)
     elif isinstance(X, list | tuple) and any(isinstance(row, np.ndarray | Tensor) for row in X):
         rows = as_table(X, argument="X")  # says of ragged rows that they are
+    if isinstance(X, np.ndarray) and np.iscomplexobj(X):
+        # The first words are those that scikit-learn's own checks look for.
+        raise ValueError("Complex data not supported: X: expected real numbers; take X.real")
     # Numbers are for as_rows to check: it says where they are, and text of digits is none.
     validate_data(estimator, X, reset=reset, ensure_all_finite=False, ensure_min_samples=1 + reset)
     table = as_rows(rows, argument="X", min_rows=1 + reset, allow_missing=True)
