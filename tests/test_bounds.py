@@ -13,7 +13,8 @@ from pyro.infer import RenyiELBO
 import latentlab as ll
 from latentlab import rows
 from latentlab.guides import Flow, FullRank, MeanField
-from latentlab.inference.bounds import loss_of, values_of
+from latentlab.inference import objectives
+from latentlab.inference.bounds import height_at, loss_of, values_of
 from latentlab.inference.check import prepare
 from latentlab.inference.pair import Arguments
 from latentlab.inference.sandbox import manual_seed
@@ -260,6 +261,22 @@ def test_more_draws_are_a_tighter_bound():
     assert exact - values[-1][0] < 0.3 * (exact - values[0][0])
 
 
+@pytest.mark.parametrize(
+    "pair_of", [(model, guide), (local_model, local_guide), (model, "full_rank")]
+)
+@pytest.mark.parametrize("objective", [IWAE(4), Renyi(0.5, 4), StickingTheLanding()])
+def test_the_height_of_a_climb_is_its_bound(objective, pair_of):
+    pair = bound_to(objective, *pair_of)
+    loss, _, _ = loss_at(pair, 32, seed=4)
+    with pair.entered(0):
+        manual_seed(4)
+        draws = objectives.draw(pair, 32).detached()
+        whole, parts = (height_at(pair, draws, chunk) for chunk in (32, 5))
+    assert whole.value == pytest.approx(-loss, rel=1e-10)
+    assert parts.value == pytest.approx(-loss, rel=1e-10)
+    assert 0 < whole.se < 10
+
+
 def test_the_weight_of_the_kl_is_in_the_weights():
     pair = bound_to(IWAE(4), local_model, local_guide)
     with pair.entered(0):
@@ -311,6 +328,42 @@ def test_the_elbo_is_what_is_reported():
     elbo = posterior.elbo
     assert abs(elbo.value - log_evidence(X)) <= 5 * elbo.se + 0.01
     assert any("ELBO is reported" in note for note in posterior.notes)
+
+
+def summed(x):
+    """Of two latents only the sum is seen: correlated by -0.92."""
+    z = pyro.sample("z", dist.Normal(torch.zeros(2, dtype=F64), 1.0).to_event(1))
+    pyro.sample("x", dist.Normal(z.sum(-1), 0.3), obs=x)
+
+
+def best_scale(alpha):
+    """The sd of the best N(m, s I) by Renyi's divergence, in closed form but for a search in s.
+
+    The integral of q^a p^(1 - a) is |s^2 I|^(-a/2) |P|^((1 - a)/2) |a / s^2 I + (1 - a) P|^(-1/2),
+    P the precision of p.
+    """
+    precision = np.eye(2) + 1 / 0.09
+    s = np.linspace(0.1, 1.5, 20_000)
+    own = np.linalg.eigvalsh(precision)[:, None]
+    if alpha == 1:
+        return 1 / math.sqrt(precision[0, 0])
+    joint = alpha / s**2 + (1 - alpha) * own
+    exists = (joint > 0).all(0)  # else the integral is infinite
+    log_integral = -2 * alpha * np.log(s) - 0.5 * np.log(np.where(exists, joint, 1.0)).sum(0)
+    return s[np.where(exists, log_integral / (1 - alpha), -np.inf).argmax()]
+
+
+@pytest.mark.parametrize("objective", [ELBO(), Renyi(0.2, 512), Renyi(2.0, 128)])
+def test_a_climb_ends_at_the_top_of_its_bound(objective):
+    """Below the top of the ELBO, which is not what decides."""
+    x = torch.tensor(0.7, dtype=F64)
+    settings = {"num_particles": 64} if isinstance(objective, ELBO) else {}
+    posterior = ll.fit(
+        summed, x, "mean_field", objective=objective, num_restarts=1, backend="eager", **settings
+    )
+    assert posterior.converged, posterior.stop_reason
+    sd = posterior.pair.guide.free_sd().detach().numpy()
+    assert sd == pytest.approx([best_scale(objective.alpha)] * 2, rel=0.06)
 
 
 # ---- refusals --------------------------------------------------------------------------------

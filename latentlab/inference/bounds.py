@@ -29,12 +29,13 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from latentlab.diagnostics import Estimate
 from latentlab.guides import Draws, Guide
 from latentlab.inference import objectives
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.objectives import Objective
 
-__all__ = ["Bound", "loss_of", "values_of"]
+__all__ = ["Bound", "draws_for", "height_at", "loss_of", "values_of"]
 
 _Values = Mapping[str, Tensor]
 
@@ -84,6 +85,40 @@ def loss_of(
         loss = -values_of(found.log_weights(kl_weight), bound.objective).mean(0).sum()
     elbo = found.log_weights(1.0).detach().mean(0).sum()
     return each * loss, each * elbo
+
+
+def draws_for(bound: Bound | None, least: int, groups: int = 1) -> int:
+    """How many draws make whole groups of a bound's.
+
+    Arguments:
+        bound: the bound; ``None`` for the ELBO.
+        least: draws that are wanted.
+        groups: groups that are.
+    """
+    size = 1 if bound is None else bound.objective.num_samples
+    return size * max(groups, math.ceil(least / size))
+
+
+def height_at(pair: Pair, draws: Draws, chunk: int) -> Estimate:
+    """The bound at draws of the guide, with its standard error, in nats per data set.
+
+    Arguments:
+        pair: the pair, entered, with a bound.
+        draws: P draws of its guide at all data, a multiple of the bound's and more than one time
+            these.
+        chunk: draws that go through the model at once.
+    """
+    bound = _bound(pair)
+    size = bound.objective.num_samples
+    step, parts = size * max(1, chunk // size), []
+    with torch.no_grad():
+        for start in range(0, len(draws), step):
+            some = draws[start : start + step]
+            found = _terms(pair, some, pair.data, bound.plate, 1.0, bound.plate is not None)
+            if bound.plate is None:
+                found = found._replace(log_q=some.log_q.unsqueeze(-1))
+            parts.append(values_of(found.log_weights(1.0), bound.objective).sum(-1))
+    return Estimate.from_draws(torch.cat(parts))
 
 
 def values_of(log_weights: Tensor, objective: Objective) -> Tensor:

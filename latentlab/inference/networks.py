@@ -44,7 +44,7 @@ from latentlab.guides import Draws, Guide
 from latentlab.inference import held_out as held_rows
 from latentlab.inference import objectives
 from latentlab.inference.batches import Batches, chosen, follows_rows, num_rows, take
-from latentlab.inference.bounds import values_of
+from latentlab.inference.bounds import draws_for, values_of
 from latentlab.inference.modes import TrainingMode
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.rows import fewer, looks_by_row, on_rows, over_rows, row_terms
@@ -399,15 +399,19 @@ class _Judge:
                 score = held_rows.log_density_of_rows(self.pair, self.held)
                 draws = objectives.draw(self.pair, 1 if self.pair.is_point() else 16)
                 return score, evaluate(self.pair, draws)
-            draws = objectives.draw(self.pair, 1 if self.pair.is_point() else 64)
+            bound = self.pair.bound
+            num_draws = draws_for(bound, 64, groups=2)
+            draws = objectives.draw(self.pair, 1 if self.pair.is_point() else num_draws)
             weights = objectives.log_joint(self.pair, draws) - draws.log_q
             se = Estimate.from_draws(weights) if len(weights) > 1 else None
-            return weights / self.total, se or Estimate(float(weights[0]), 0.0)
+            score = weights
+            if bound is not None:
+                score = values_of(weights.unsqueeze(-1), bound.objective).squeeze(-1)
+            return score / self.total, se or Estimate(float(weights[0]), 0.0)
 
     def _by_row(self, step: int) -> tuple[Tensor, Estimate]:
         bound = self.pair.bound
-        size = 1 if bound is None else bound.objective.num_samples
-        num_draws = size * math.ceil(_SCORED_DRAWS / size)
+        num_draws = draws_for(bound, _SCORED_DRAWS)
         terms = row_terms(self.pair, num_draws if self.pair.latents else 1)
         elbo = Estimate.from_draws((terms.log_lik - terms.kl).mean(0).double())
         elbo = Estimate(self.total * elbo.value, self.total * elbo.se)

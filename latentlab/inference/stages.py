@@ -34,6 +34,7 @@ from torch import Tensor
 from latentlab.diagnostics import Estimate, rhat
 from latentlab.guides import Draws, DrawsRows, Guide
 from latentlab.inference import objectives
+from latentlab.inference.bounds import draws_for, height_at
 from latentlab.inference.lazy_adam import LazyAdam
 from latentlab.inference.modes import TrainingMode
 from latentlab.inference.pair import Arguments, Pair
@@ -60,7 +61,7 @@ _FALLEN = 4.0  # standard errors below, from which a stage has fallen
 _AT_REST = 1e-5  # posterior standard deviations, from end to end
 _FAILURES = 3  # steps without a finite loss, each tried again shorter and with new noise
 _TRAIL_NUMBERS = 2**25
-_EVALUATION_DRAWS = 256
+_EVALUATION_DRAWS, _EVALUATION_GROUPS = 256, 16
 _NETWORK_UNIT = 0.05  # weights of networks move by so much where other parameters move by one
 
 
@@ -148,6 +149,7 @@ class Climb:
     def _climb(self) -> None:
         draws = self._draw()
         elbo = self.stage_elbos[-1] if self.stage_elbos else evaluate(self.pair, draws)
+        elbo = self._height(draws, elbo)
         best = _Reached(self.state(), draws, elbo)
         rate, idle, diverged = self.lr, 0, 0
         if not self.pair.parameters():
@@ -164,15 +166,17 @@ class Climb:
             try:
                 stationary = self._stage(min(most, remaining), rate)
                 new_draws, new_elbo = self._record()
+                new_elbo, diverges = self._height(new_draws, new_elbo), False
                 fell = best.is_above(new_elbo, self.tol)
             except FitDivergedError:
                 diverged += 1
                 if diverged > _FAILURES or not math.isfinite(best.elbo.value):
                     raise
-                self.stage_elbos.append(best.elbo)  # where it goes back to
-                fell = True
+                fell = diverges = True
             if fell:
                 self.restore(best.state)
+                if diverges:
+                    self.stage_elbos.append(evaluate(self.pair, best.draws))
                 draws, elbo, rate = best.draws, best.elbo, rate / _FALL
                 continue
             if not new_elbo.value <= best.elbo.value:
@@ -311,14 +315,20 @@ class Climb:
     def _draw(self) -> Draws:
         manual_seed(stream(self.seed, "evaluate", self.num_steps))
         with torch.no_grad():
-            is_point = self.pair.is_point()
-            return objectives.draw(self.pair, 1 if is_point else _EVALUATION_DRAWS).detached()
+            num = draws_for(self.pair.bound, _EVALUATION_DRAWS, _EVALUATION_GROUPS)
+            return objectives.draw(self.pair, 1 if self.pair.is_point() else num).detached()
 
     def _record(self) -> tuple[Draws, Estimate]:
         draws = self._draw()
         elbo = evaluate(self.pair, draws)
         self.stage_elbos.append(elbo)
         return draws, elbo
+
+    def _height(self, draws: Draws, elbo: Estimate) -> Estimate:
+        """What is climbed, at draws with this ELBO."""
+        if self.pair.bound is None:
+            return elbo
+        return height_at(self.pair, draws, particle_chunk(self.pair, len(draws)))
 
     def _shift(self, before: State, old: Draws, new: Draws) -> float:
         """Root of the symmetrised KL per latent between this stage and the one before.
