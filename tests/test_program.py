@@ -65,6 +65,18 @@ def vae(**settings):
     return ll.VariationalAutoencoder(num_features=2, latent_dim=1, hidden_dims=(4,), **settings)
 
 
+def with_dropout():
+    """In one network half of the units are away, in the other whole numbers of a batch are."""
+    torch.manual_seed(0)
+    encoder = torch.nn.Sequential(
+        torch.nn.Linear(2, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 2)
+    )
+    decoder = torch.nn.Sequential(
+        torch.nn.Linear(1, 8), torch.nn.ELU(), torch.nn.AlphaDropout(0.2), torch.nn.Linear(8, 2)
+    )
+    return ll.VariationalAutoencoder(encoder, decoder, latent_dim=1, num_features=2)
+
+
 def flow():
     torch.manual_seed(0)
     return ll.FlowDensity(2, kind="maf", hidden_dims=(4,))
@@ -96,6 +108,7 @@ PAIRS = {
     "chain": (ll.HiddenMarkovModel(2, 2), ROWS[:12], "mean_field"),
     "autoencoder": (vae(), ROWS, "auto"),
     "autoencoder that warms up": (vae(warm_up=500, free_bits=0.01), ROWS, "auto"),
+    "autoencoder with dropout": (with_dropout(), ROWS, "auto"),
     "flow density": (flow(), ROWS, "auto"),
 }
 
@@ -125,7 +138,10 @@ def test_a_pair_is_written_down_and_compiled(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["normal, mean_field", "mixture", "summed out", "autoencoder", "autoencoder that warms up"],
+    [
+        *("normal, mean_field", "mixture", "summed out"),
+        *("autoencoder", "autoencoder that warms up", "autoencoder with dropout"),
+    ],
 )
 def test_the_steps_are_those_of_adam(name):
     """On the same noise, torch's own Adam on Pyro's own ELBO ends at the same parameters."""
@@ -148,7 +164,7 @@ def test_the_steps_are_those_of_adam(name):
         optimiser = torch.optim.Adam(parameters, lr=0.01)
         for k, rate in enumerate(rates):
             optimiser.zero_grad()
-            with program._Tape([tape[k] for tape in tapes]):
+            with TrainingMode(pair), program._Tape([tape[k] for tape in tapes]):
                 loss, elbo = training.objective(pair, 2, pair.data, 100 + k)
                 loss.backward()
             assert elbos[k] == pytest.approx(float(elbo), rel=1e-5)

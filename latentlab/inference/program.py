@@ -271,6 +271,11 @@ def _standard(node: fx.Node) -> tuple[str, Callable[[fx.Graph, fx.Node], fx.Node
         )
         return graph.call_function(aten.div.Scalar, (log, -rate))
 
+    def below(graph: fx.Graph, u: fx.Node) -> fx.Node:
+        # A unit of dropout is there with probability p.
+        found = graph.call_function(aten.lt.Scalar, (u, _argument(node, 1, "p", 0.5)))
+        return graph.call_function(aten._to_copy.default, (found,), {"dtype": _made(node)[1]})
+
     if target in (aten.randn.default, aten.randn_like.default):
         return "normal", as_it_is
     if target in (aten.rand.default, aten.rand_like.default):
@@ -284,6 +289,8 @@ def _standard(node: fx.Node) -> tuple[str, Callable[[fx.Graph, fx.Node], fx.Node
         return "uniform", scaled(low, high - low)
     if target is aten.exponential.default:
         return "uniform", exponential
+    if target is aten.bernoulli.p:
+        return "uniform", below
     raise UntraceableError(f"it draws with {target}, which has no tape")
 
 
@@ -313,6 +320,8 @@ class _Tape(TorchDispatchMode):
         elif function in (aten.uniform_.default, aten.uniform.default):
             low, high = [*args[1:], 0.0, 1.0][:2] if len(args) != 2 else (args[1], 1.0)
             made = low + (high - low) * z
+        elif function in (aten.bernoulli_.float, aten.bernoulli.p):
+            made = (z < (args[1] if len(args) > 1 else 0.5)).to(args[0].dtype)
         elif function in (aten.exponential_.default, aten.exponential.default):
             made = -torch.log1p(-z) / (args[1] if len(args) > 1 else 1.0)
         else:
