@@ -1,6 +1,9 @@
 """A pair written down as a graph: what it does, or refused; and fits by XLA are those by Pyro."""
 
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -357,3 +360,21 @@ def test_what_a_model_remembers_is_no_tensor_of_the_record():
     for tensor in pair.model.seen:
         assert not torch._is_functional_tensor(tensor)
         assert tensor.isfinite().all()
+
+
+@pytest.mark.slow
+def test_another_process_finds_what_was_compiled(tmp_path):
+    code = (
+        "import torch, latentlab as ll; x = torch.arange(40.0).reshape(20, 2).double();"
+        "ll.fit(ll.GaussianMixture(2, 1), x, num_restarts=1, max_steps=100, backend='xla')"
+    )
+    settings = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    kept = []
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | settings)
+        kept.append(sorted(path.name for path in tmp_path.glob("*-cache")))
+    assert kept[0]
+    assert kept[1] == kept[0]
