@@ -708,9 +708,3 @@ def vae_of_two(**settings):
 def test_an_argument_that_would_be_ignored(make, message):
     with pytest.raises((TypeError, ValueError), match=message):
         make()
-
-
-def test_a_time_without_end_has_no_order():
-    frame = pd.DataFrame({"t": [1.0, INF, 3.0], "y": [9.0, 10.0, 11.0]})
-    with pytest.raises(ValueError, match=r"time: expected finite numbers in 't' .* inf \(row 1\)"):
-        ll.data.as_sequences(frame, time="t")

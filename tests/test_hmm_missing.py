@@ -61,7 +61,8 @@ GRIDS = {
     ],
 )
 def test_missing_cells_are_expected_where_the_density_sums_to(emissions, columns, row):
-    model = HiddenMarkovModel(2, len(columns), emissions=emissions, num_categories=3)
+    codes = 3 if "categorical" in emissions else None
+    model = HiddenMarkovModel(2, len(columns), emissions=emissions, num_categories=codes)
     draws = prior_draws(model)
     x = torch.tensor([row] * 4).double()
     x[2] = x[2].flip(0) if len(columns) == 2 else x[2]

@@ -249,12 +249,6 @@ def _in_time(column: Any, argument: str) -> Any:  # noqa: ANN401
     import pandas as pd
     from pandas.api import types
 
-    if types.is_float_dtype(column) and np.isinf(endless := column.to_numpy(float)).any():
-        row = int(np.isinf(endless).argmax())
-        raise ValueError(
-            f"time: expected finite numbers in {column.name!r} of {argument}, got "
-            f"{column.iloc[row]} (row {row})"
-        )
     is_text = types.is_object_dtype(column) or types.is_string_dtype(column)
     if not is_text or getattr(column.dtype, "ordered", False):
         return column
