@@ -20,6 +20,7 @@ from latentlab.guides import Flow, Guide
 from latentlab.inference import objectives
 from latentlab.inference.arguments import as_arguments
 from latentlab.inference.batches import Batches, follows_rows, num_rows, split, take
+from latentlab.inference.bounds import draws_for
 from latentlab.inference.check import Fault, accepts_size, prepare
 from latentlab.inference.checkpoint import fingerprint
 from latentlab.inference.held_out import as_share, measure
@@ -369,8 +370,7 @@ def _further(
     seed = stream(settings.seed, "rung", rung)
     num_particles = _affordable(pair, settings, batch_size)[1]
     if isinstance(pair.guide, Flow) and settings.num_particles is None and pair.vectorised:
-        size = settings.objective.num_samples
-        num_particles = size * math.ceil(_FLOW_PARTICLES / size)
+        num_particles = draws_for(pair.bound, _FLOW_PARTICLES)
     lr, batch = _first_rate(pair, settings), _batches(pair, batch_size, seed)
     how = (pair, seed, num_particles, lr, settings.tol, settings.max_steps, batch, tick)
     return Climb(*how, Engine(pair, settings.backend, num_particles, settings.max_steps))
