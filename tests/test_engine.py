@@ -10,7 +10,7 @@ import torch
 
 import latentlab as ll
 from latentlab.diagnostics import Estimate
-from latentlab.inference import check, engine, objectives, stages, steps
+from latentlab.inference import check, engine, minibatches, objectives, stages, steps
 from latentlab.inference.batches import Batches
 from latentlab.inference.restarts import Place, Restarts, distances
 
@@ -600,7 +600,7 @@ def test_a_plate_that_draws_its_own_rows_cannot_be_judged_on_all():
 
 def test_batches_visit_rows_by_seed_and_step_alone():
     pair, _ = engine.prepare(normal, data())
-    one, two = engine._batches(pair, 10, seed=5), engine._batches(pair, 10, seed=5)
+    one, two = minibatches.batches_of(pair, 10, seed=5), minibatches.batches_of(pair, 10, seed=5)
     for step in (7, 0, 3):
         assert torch.equal(one(step).args[0], two(step).args[0])
         assert one(step).kwargs["size"] == 40

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from latentlab.diagnostics import Estimate, rhat
+from latentlab.diagnostics import Estimate
 from latentlab.guides import Draws, DrawsRows, Guide
 from latentlab.inference import objectives
 from latentlab.inference.bounds import draws_for, height_at
@@ -40,6 +40,7 @@ from latentlab.inference.modes import TrainingMode
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.sandbox import manual_seed, stream
 from latentlab.inference.steps import Engine, Stepper
+from latentlab.inference.trail import Trail
 from latentlab.inference.training import SINGULAR
 from latentlab.protocols import HasNetworks, owner_of
 
@@ -51,7 +52,6 @@ __all__ = ["INTERRUPTED", "Climb", "FitDivergedError", "State", "evaluate"]
 INTERRUPTED = "interrupted"
 """The stop reason of a climb that Ctrl-C ended."""
 
-_SNAPSHOT_EVERY = 2  # steps
 _CHECK_EVERY = 100  # steps
 _STAGE_STEPS = (300, 3000)  # a stage is at least and at most that long
 _EPOCHS = (5, 50)  # likewise, where each row has latents that only its batches move
@@ -60,7 +60,6 @@ _FALL = 8.0  # by which the rate is divided where a stage fell below the best on
 _FALLEN = 4.0  # standard errors below, from which a stage has fallen
 _AT_REST = 1e-5  # posterior standard deviations, from end to end
 _FAILURES = 3  # steps without a finite loss, each tried again shorter and with new noise
-_TRAIL_NUMBERS = 2**25
 _EVALUATION_DRAWS, _EVALUATION_GROUPS = 256, 16
 _NETWORK_UNIT = 0.05  # weights of networks move by so much where other parameters move by one
 
@@ -224,7 +223,7 @@ class Climb:
             return True
         optimiser = self._adam(parameters, rate)
         ours = isinstance(self.pair.guide, Guide) and self.pair.latents
-        trail = _Trail(parameters, num_steps, self._networks(), _AT_REST * bool(ours))
+        trail = Trail(parameters, num_steps, self._networks(), _AT_REST * bool(ours))
         good, failures, halved, stationary = self.state(), 0, 1.0, falling
         fewest = self._stage_steps()[0]
         stepper = self._stepper(optimiser, trail.every)
@@ -385,54 +384,6 @@ class _Reached:
         least = max(self.elbo.se, tol)
         error = math.hypot(least, min(elbo.se, 10 * least) if elbo.se >= 0 else 10 * least)
         return not self.elbo.value - elbo.value <= _FALLEN * error
-
-
-class _Trail:
-    """Where the parameters of a stage have been; thinned, so that large nets fit in memory."""
-
-    def __init__(
-        self, parameters: list[Tensor], num_steps: int, restless: set[int], at_rest: float
-    ) -> None:
-        self.parameters, self.at_rest = parameters, at_rest
-        # Weights of networks have directions that change nothing, and drift along them for ever.
-        settling = [torch.full((p.numel(),), id(p) not in restless) for p in parameters]
-        self.settling = torch.cat(settling).nonzero().squeeze(-1)
-        size = sum(p.numel() for p in parameters)
-        self.every = max(_SNAPSHOT_EVERY, math.ceil(size * num_steps / _TRAIL_NUMBERS))
-        self.points: list[Tensor] = []
-
-    def follow(self, step: int, path: Tensor) -> None:
-        """Keep the places of a path, or take a snapshot, if it is time to."""
-        if len(path):
-            self.points.extend(path)
-        elif step % self.every == 0:
-            self.points.append(torch.cat([p.detach().flatten() for p in self.parameters]))
-
-    def stationary(self, moved: Tensor | None = None) -> bool:
-        """Whether the later half of the trail has stopped drifting.
-
-        Numbers that few steps ``moved`` are left out: how far a stage takes them tells of them.
-        """
-        settling = self.settling if moved is None else self.settling[moved[self.settling]]
-        later = [point[settling] for point in self.points[len(self.points) // 2 :]]
-        if len(later) < 4:
-            return False
-        if not len(settling):
-            return True
-        path = torch.stack(later)
-        # Where the gradient is zero draw by draw, what is left to drift is rounding.
-        still = path.amax(0) - path.amin(0) <= self.at_rest
-        return bool(((rhat(path) < 1.1) | still).double().mean() >= 0.95)
-
-    def go_to_average(self) -> None:
-        """Put the parameters at the average of the later half."""
-        if not self.points:
-            return
-        flat = torch.stack(self.points[len(self.points) // 2 :]).mean(0)
-        sizes = [p.numel() for p in self.parameters]
-        with torch.no_grad():
-            for parameter, part in zip(self.parameters, flat.split(sizes), strict=True):
-                parameter.copy_(part.view_as(parameter))
 
 
 def _often_moved(optimiser: torch.optim.Optimizer) -> Tensor | None:
