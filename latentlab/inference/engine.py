@@ -51,6 +51,7 @@ def fit(
     seed: int = 0,
     backend: Literal["auto", "eager", "xla"] = "auto",
     objective: Objective = ELBO(),  # noqa: B008
+    method: Literal["auto", "stages"] = "auto",
     progress: bool | None = None,
 ) -> Posterior:
     r"""Fit a guide to the posterior of a model by stochastic variational inference.
@@ -96,6 +97,8 @@ def fit(
             it was, and why.
         objective: what is climbed, one of :mod:`latentlab.objectives`: by default the ELBO,
             which is what is reported whatever is climbed.
+        method: how it is climbed: ``"stages"`` (averaged stages of Adam), or ``"auto"`` for what
+            suits the pair. ``posterior.method`` says which it was.
         progress: a progress bar; by default where stderr is a terminal.
 
     Returns:
@@ -122,7 +125,7 @@ def fit(
             *(model, data, guide),
             Settings.checked(
                 *(batch_size, num_restarts, num_particles, max_steps, lr, tol, seed, backend),
-                objective,
+                *(objective, method),
             ),
             held_out,
             progress,
@@ -171,6 +174,7 @@ def _fit(
         stage_elbos=tuple(climb.stage_elbos),
         converged=climb.converged,
         stop_reason=climb.stop_reason,
+        method=climb.method,
         backend=str(climb.engine),
         restarts=restarts,
         notes=(*map(str, report.faults), *report.notes, *_other_than_the_elbo(pair)),

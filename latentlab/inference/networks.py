@@ -35,6 +35,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -137,6 +138,7 @@ class NetworkClimb:
     stage_elbos: list[Estimate] = field(default_factory=list)
     stop_reason: str = ""
     converged: bool = False
+    method: ClassVar[str] = "stages"
     _judge: _Judge | None = None
     _falls: int = _FALLS
     _warm: State | None = None  # average of the stage that the climb goes on from

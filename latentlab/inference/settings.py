@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -17,7 +17,9 @@ from latentlab.inference.steps import Backend
 from latentlab.objectives import ELBO, Objective
 from latentlab.protocols import Anneals, owner_of
 
-__all__ = ["RATE", "Settings", "bound_of"]
+__all__ = ["RATE", "Method", "Settings", "bound_of"]
+
+Method = Literal["auto", "stages"]
 
 RATE = 0.05
 """Rate of the first stage, in posterior standard deviations."""
@@ -37,6 +39,7 @@ class Settings:
         seed: of all noise.
         backend: what takes the steps.
         objective: what is climbed.
+        method: how it is climbed.
     """
 
     batch_size: int | None
@@ -48,6 +51,7 @@ class Settings:
     seed: int
     backend: Backend
     objective: Objective
+    method: Method
 
     @classmethod
     def checked(
@@ -61,6 +65,7 @@ class Settings:
         seed: int,
         backend: str,
         objective: Any,  # noqa: ANN401
+        method: str,
     ) -> Settings:
         """Settings in range, each fault named."""
         for name, value in (("lr", RATE if lr is None else lr), ("tol", tol)):
@@ -70,10 +75,8 @@ class Settings:
                 raise ValueError(f"{name}: expected a number {range_}, got {value!r}")
         if seed is None:
             raise ValueError("seed: expected an int >= 0, got None")
-        known = get_args(Backend)
-        if str(backend) not in known:
-            listed = ", ".join(f'"{name}"' for name in known)
-            raise ValueError(f"backend: expected one of {listed}, got {backend!r}")
+        _expect_one_of(get_args(Backend), backend, "backend")
+        _expect_one_of(get_args(Method), method, "method")
         if not isinstance(objective, Objective) or type(objective) is Objective:
             raise ValueError(
                 "objective: expected one of latentlab.objectives, as ELBO() or "
@@ -89,7 +92,14 @@ class Settings:
             as_seed(seed),
             backend,  # type: ignore[arg-type]
             objective,
+            method,  # type: ignore[arg-type]
         )
+
+
+def _expect_one_of(known: tuple[str, ...], value: Any, name: str) -> None:  # noqa: ANN401
+    if str(value) not in known:
+        listed = ", ".join(f'"{choice}"' for choice in known)
+        raise ValueError(f"{name}: expected one of {listed}, got {value!r}")
 
 
 def _count(value: int | None, name: str) -> int | None:

@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -116,6 +116,7 @@ class Climb:
     stage_elbos: list[Estimate] = field(default_factory=list)
     stop_reason: str = ""
     converged: bool = False
+    method: ClassVar[str] = "stages"
 
     def __post_init__(self) -> None:
         self._mode = TrainingMode(self.pair)
