@@ -1,6 +1,7 @@
 """Diagnostics: pure functions of arrays and callables, which know no model and no guide."""
 
 from latentlab.diagnostics.collapse import Collapse, collapse, kl_per_dimension
+from latentlab.diagnostics.ess import ess, mcse
 from latentlab.diagnostics.estimate import Estimate, log_mean_exp
 from latentlab.diagnostics.importance import RowEvidence, row_evidence
 from latentlab.diagnostics.kl import kl, kl_from_draws
@@ -19,11 +20,13 @@ __all__ = [
     "RowEvidence",
     "align",
     "collapse",
+    "ess",
     "khat_per_column",
     "kl",
     "kl_from_draws",
     "kl_per_dimension",
     "log_mean_exp",
+    "mcse",
     "moment_errors",
     "psis",
     "rhat",

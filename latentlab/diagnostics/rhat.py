@@ -10,16 +10,17 @@ Letters: C chains, S draws in each, P quantities, L = S // 2.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from latentlab.diagnostics.estimate import to_tensor
+from latentlab.diagnostics.chains import halves, to_chains, z_scores
 
 __all__ = ["rhat"]
 
 
-def rhat(x: ArrayLike | Tensor) -> Tensor:
+def rhat(x: ArrayLike | Tensor, rank: bool = False) -> Tensor:
     """Split R-hat of each column.
 
     How to read it: 1 if the halves of all chains look alike. Above 1.01 a sampler's chains have
@@ -29,6 +30,9 @@ def rhat(x: ArrayLike | Tensor) -> Tensor:
     Arguments:
         x: one chain, shape (S, P), or several of equal length, shape (C, S, P); S at least 4. Of
             an odd S the middle draw is left out.
+        rank: whether to take the ranks of the draws, and of their distances from the median, and
+            the larger of the two R-hats: also right for draws without a variance, and sees chains
+            that differ in spread alone. For draws of a sampler.
 
     Returns:
         Shape (P,). 1 for a column that is constant, infinite for one that is constant in each half
@@ -46,19 +50,22 @@ def rhat(x: ArrayLike | Tensor) -> Tensor:
         >>> x[:, 1] += torch.linspace(0, 3, 1000)  # a trend
         >>> rhat(x)
         tensor([1.0, 1.4], dtype=torch.float64)
+        >>> x[:500, 0] *= 5  # the spread changes
+        >>> rhat(x)[0], rhat(x, rank=True)[0]
+        (tensor(1.00, dtype=torch.float64), tensor(1.5, dtype=torch.float64))
     """
-    chains = to_tensor(x).double()
-    if chains.dim() == 2:
-        chains = chains[None]
-    if chains.dim() != 3 or chains.shape[0] == 0 or chains.shape[1] < 4:
-        raise ValueError(
-            "x: expected shape (S, P) or (C, S, P) with at least 4 draws S, "
-            f"got {tuple(chains.shape)}; for one quantity use x[:, None]"
-        )
-    L = chains.shape[1] // 2
-    halves = torch.cat([chains[:, :L], chains[:, -L:]])  # (2 C, L, P)
-    within = halves.var(1).mean(0)
-    between = halves.mean(1).var(0)
+    split = halves(to_chains(x))  # (2 C, L, P)
+    if not rank:
+        return _ratio(split)
+    median = torch.from_numpy(np.median(split.numpy(), (0, 1)))
+    folded = (split - median).abs()
+    return torch.maximum(_ratio(z_scores(split)), _ratio(z_scores(folded)))
+
+
+def _ratio(split: Tensor) -> Tensor:
+    L = split.shape[1]
+    within = split.var(1).mean(0)
+    between = split.mean(1).var(0)
     ratio = ((L - 1) / L + between / within).sqrt()
-    constant = halves.amax((0, 1)) == halves.amin((0, 1))
+    constant = split.amax((0, 1)) == split.amin((0, 1))
     return torch.where(constant, 1.0, ratio)
