@@ -34,7 +34,7 @@ from latentlab.diagnostics.estimate import Estimate, to_tensor
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["KhatTable", "Psis", "khat_per_column", "psis"]
+__all__ = ["KhatTable", "Psis", "khat_per_column", "psis", "psis_per_column"]
 
 _GOOD, _BAD = 0.5, 0.7
 _FEWEST_DRAWS = 25
@@ -230,20 +230,13 @@ def psis(
         >>> print(psis(torch.full((1000,), -1130.0)))
         k-hat exact: all weights are equal up to rounding
     """
-    from scipy.special import boxcox1p, logsumexp  # imported late, as it takes long
-
     values, eps = _checked(log_weights, num_axes=1)
-    S, x = len(values), values - values.max()
-    order = np.argsort(x)
+    x = values - values.max()
     khat, se, size = -math.inf, 0.0, 0
     if not _constant(values, eps, tolerance):
-        fit = _fit_tails(x[order][None], tail_size)
+        fit = _smooth(x[None], tail_size)
         khat, se, size = float(fit.khat[0]), float(fit.se[0]), int(fit.size[0])
-        if math.isfinite(fit.scale[0]):
-            ranks = (np.arange(size) + 0.5) / size
-            excess = -fit.scale[0] * boxcox1p(-ranks, -khat)  # scale ((1 - p)^-k - 1) / k
-            x[order[S - size :]] = np.minimum(np.logaddexp(fit.cutoff[0], np.log(excess)), 0)
-    smoothed = torch.from_numpy(x - logsumexp(x))
+    smoothed = torch.from_numpy(x - _log_sum(x[None]))
     if isinstance(log_weights, Tensor) and log_weights.is_floating_point():
         smoothed = smoothed.to(log_weights)
     return Psis(khat, se, smoothed, size)
@@ -278,9 +271,34 @@ def khat_per_column(log_weights: ArrayLike | Tensor, tolerance: float = 0.0) -> 
     values, eps = _checked(log_weights, num_axes=2)
     constant = _constant(values, eps, tolerance)
     khat, se = np.full(len(constant), -np.inf), np.zeros(len(constant))
-    fit = _fit_tails(np.sort((values - values.max(0))[:, ~constant].T, axis=1))
+    fit = _fit_tails(_largest((values - values.max(0))[:, ~constant].T)[1])
     khat[~constant], se[~constant] = fit.khat, fit.se
     return KhatTable(torch.from_numpy(khat), torch.from_numpy(se))
+
+
+def psis_per_column(log_weights: Tensor, tolerance: float = 0.0) -> tuple[Tensor, KhatTable]:
+    """Weights of each column smoothed on their own, with their k-hat.
+
+    Arguments:
+        log_weights: in nats, shape (S, N), S at least 25.
+        tolerance: as for :func:`psis`.
+
+    Returns:
+        Logs of weights that sum to one in each column, shape (S, N), and k-hat of each.
+
+    Raises:
+        ValueError: as :func:`psis`, with the first column at fault.
+    """
+    values, eps = _checked(log_weights, num_axes=2)
+    constant = _constant(values, eps, tolerance)
+    khat, se = np.full(len(constant), -np.inf), np.zeros(len(constant))
+    x = np.ascontiguousarray(values.T)  # (N, S)
+    x -= x.max(1, keepdims=True)
+    rows = x[~constant]
+    fit = _smooth(rows)
+    x[~constant], khat[~constant], se[~constant] = rows, fit.khat, fit.se
+    x -= _log_sum(x)[:, None]
+    return torch.from_numpy(x.T), KhatTable(torch.from_numpy(khat), torch.from_numpy(se))
 
 
 @dataclass(frozen=True)
@@ -302,16 +320,46 @@ def _tail_size(num_samples: int) -> int:
     return math.ceil(min(num_samples / 5, 3 * math.sqrt(num_samples)))
 
 
-def _fit_tails(x: np.ndarray, tail_size: int | None = None) -> _Tails:
-    """Fits to log weights (N, S), each row in ascending order and with largest value 0.
+def _largest(x: np.ndarray, tail_size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Where the M + 1 largest of each row (N, S) are, in ascending order, and what they are."""
+    M = tail_size or _tail_size(x.shape[1])
+    where = np.argpartition(x, -M - 1, axis=1)[:, -M - 1 :]
+    largest = np.take_along_axis(x, where, 1)
+    order = np.argsort(largest, axis=1)
+    return np.take_along_axis(where, order, 1), np.take_along_axis(largest, order, 1)
+
+
+def _smooth(x: np.ndarray, tail_size: int | None = None) -> _Tails:
+    """Fits to log weights (N, S) whose largest is 0 in each row; the tails are put in place."""
+    from scipy.special import boxcox1p  # imported late, as it takes long
+
+    where, tail = _largest(x, tail_size)
+    fit = _fit_tails(tail)
+    size, khat, scale = fit.size[:, None], fit.khat[:, None], fit.scale[:, None]
+    place = np.arange(tail.shape[1]) - (tail.shape[1] - size)  # (N, M + 1), from 0 in the tail
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        # scale ((1 - p)^-k - 1) / k
+        excess = -scale * boxcox1p(-(place + 0.5) / size, -khat)
+        smoothed = np.minimum(np.logaddexp(fit.cutoff[:, None], np.log(excess)), 0)
+    tail = np.where((place >= 0) & np.isfinite(scale), smoothed, tail)
+    np.put_along_axis(x, where, tail, 1)
+    return fit
+
+
+def _log_sum(x: np.ndarray) -> np.ndarray:
+    """Log of the sum of exp of each row, whose largest is 0 or, smoothed, near it."""
+    return np.log(np.exp(x).sum(1))
+
+
+def _fit_tails(x: np.ndarray) -> _Tails:
+    """Fits to the M + 1 largest log weights (N, M + 1), in ascending order, the largest 0.
 
     The tail is what exceeds the weight below the M largest: all M of them, unless there are ties.
     Ties that leave fewer than five, as among the few distinct weights of a discrete latent, leave
     too little to fit; k-hat is then that of the Pareto tail whose largest of M is the largest.
     """
-    N, S = x.shape
-    expected = tail_size or _tail_size(S)
-    cutoff = np.maximum(x[:, S - expected - 1], _ZERO)
+    N, expected = x.shape[0], x.shape[1] - 1
+    cutoff = np.maximum(x[:, 0], _ZERO)
     size = (x > cutoff[:, None]).sum(1)
 
     khat, scale = np.full(N, np.inf), np.full(N, np.nan)
@@ -321,7 +369,7 @@ def _fit_tails(x: np.ndarray, tail_size: int | None = None) -> _Tails:
         rows = np.flatnonzero((size == M) & ~tied)
         batches = math.ceil(len(rows) * M * _grid_size(M) / _BATCH)
         for part in np.array_split(rows, batches):
-            tail = x[part, S - M :]
+            tail = x[part, -M:]
             excess = -np.exp(tail) * np.expm1(cutoff[part, None] - tail)  # w - cutoff
             khat[part], scale[part] = _fit_pareto(excess)
     khat[~np.isfinite(khat)] = np.inf  # the tail spans more than numbers can hold
