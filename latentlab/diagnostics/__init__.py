@@ -2,6 +2,7 @@
 
 from latentlab.diagnostics.collapse import Collapse, collapse, kl_per_dimension
 from latentlab.diagnostics.compare import Comparison, compare
+from latentlab.diagnostics.error_bounds import ErrorBounds, error_bounds
 from latentlab.diagnostics.ess import ess, mcse
 from latentlab.diagnostics.estimate import Estimate, log_mean_exp
 from latentlab.diagnostics.importance import RowEvidence, row_evidence
@@ -12,11 +13,13 @@ from latentlab.diagnostics.loo_pit import LooPit, loo_pit
 from latentlab.diagnostics.moments import MomentErrors, moment_errors
 from latentlab.diagnostics.psis import KhatTable, Psis, khat_per_column, psis
 from latentlab.diagnostics.rhat import rhat
+from latentlab.diagnostics.sandwich import Sandwich, sandwich
 
 __all__ = [
     "Alignment",
     "Collapse",
     "Comparison",
+    "ErrorBounds",
     "Estimate",
     "KhatTable",
     "Loo",
@@ -24,9 +27,11 @@ __all__ = [
     "MomentErrors",
     "Psis",
     "RowEvidence",
+    "Sandwich",
     "align",
     "collapse",
     "compare",
+    "error_bounds",
     "ess",
     "khat_per_column",
     "kl",
@@ -40,4 +45,5 @@ __all__ = [
     "psis",
     "rhat",
     "row_evidence",
+    "sandwich",
 ]
