@@ -14,6 +14,7 @@ from latentlab.diagnostics.moments import MomentErrors, moment_errors
 from latentlab.diagnostics.psis import KhatTable, Psis, khat_per_column, psis
 from latentlab.diagnostics.rhat import rhat
 from latentlab.diagnostics.sandwich import Sandwich, sandwich
+from latentlab.diagnostics.sensitivity import Sensitivity, sensitivity
 
 __all__ = [
     "Alignment",
@@ -28,6 +29,7 @@ __all__ = [
     "Psis",
     "RowEvidence",
     "Sandwich",
+    "Sensitivity",
     "align",
     "collapse",
     "compare",
@@ -46,4 +48,5 @@ __all__ = [
     "rhat",
     "row_evidence",
     "sandwich",
+    "sensitivity",
 ]
