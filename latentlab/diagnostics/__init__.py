@@ -2,6 +2,7 @@
 
 from latentlab.diagnostics.collapse import Collapse, collapse, kl_per_dimension
 from latentlab.diagnostics.compare import Comparison, compare
+from latentlab.diagnostics.elbo_parts import ElboParts, elbo_parts
 from latentlab.diagnostics.error_bounds import ErrorBounds, error_bounds
 from latentlab.diagnostics.ess import ess, mcse
 from latentlab.diagnostics.estimate import Estimate, log_mean_exp
@@ -20,6 +21,7 @@ __all__ = [
     "Alignment",
     "Collapse",
     "Comparison",
+    "ElboParts",
     "ErrorBounds",
     "Estimate",
     "KhatTable",
@@ -33,6 +35,7 @@ __all__ = [
     "align",
     "collapse",
     "compare",
+    "elbo_parts",
     "error_bounds",
     "ess",
     "khat_per_column",
