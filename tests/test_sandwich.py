@@ -190,6 +190,13 @@ def test_the_bound_of_a_mean_is_sharp_for_small_shifts():
     assert float(error_bounds(z, log_weights).mean) == pytest.approx(0.05, rel=0.05)
 
 
+def test_far_away_the_distance_bounds_the_mean():
+    z, log_weights = normals(0, 2.2, 0.5)
+    found = error_bounds(z, log_weights)
+    assert float(found.mean) < math.sqrt(math.expm1(found.divergence.value))  # chi
+    assert float(found.mean) * z.std() == pytest.approx(found.wasserstein.value)
+
+
 def test_the_errors_of_bounds_are_their_spread_over_repetitions():
     found = [error_bounds(*normals(seed, [0.3, 0.0], [0.9, 1.0], 2000)) for seed in range(200)]
     for name in ("mean", "sd"):
