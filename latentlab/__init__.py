@@ -16,8 +16,10 @@ if TYPE_CHECKING:
         testing,
     )
     from latentlab.codes import fit_codes
+    from latentlab.inference.chains import Chains
     from latentlab.inference.check import PairReport, check_pair
     from latentlab.inference.engine import FitDivergedError, fit
+    from latentlab.inference.nuts import nuts
     from latentlab.inference.posterior import Posterior
     from latentlab.inference.select import select
     from latentlab.inference.verdict import Verdict
@@ -35,6 +37,7 @@ __version__ = "0.1.0"
 # Public name -> the module it lives in; imported when first asked for.
 _HOMES = {
     "Autoencoder": "latentlab.models",
+    "Chains": "latentlab.inference.chains",
     "FactorAnalysis": "latentlab.models",
     "FitDivergedError": "latentlab.inference.engine",
     "FlowDensity": "latentlab.models",
@@ -49,6 +52,7 @@ _HOMES = {
     "fit": "latentlab.inference.engine",
     "fit_codes": "latentlab.codes",
     "load": "latentlab.loading",
+    "nuts": "latentlab.inference.nuts",
     "rows": "latentlab.plates",
     "select": "latentlab.inference.select",
     "sequences": "latentlab.plates",
@@ -60,6 +64,7 @@ _MODULES = (
 
 __all__ = [
     "Autoencoder",
+    "Chains",
     "FactorAnalysis",
     "FitDivergedError",
     "FlowDensity",
@@ -81,6 +86,7 @@ __all__ = [
     "load",
     "models",
     "nn",
+    "nuts",
     "objectives",
     "rows",
     "select",
