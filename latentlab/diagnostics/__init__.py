@@ -8,6 +8,7 @@ from latentlab.diagnostics.labels import Alignment, align
 from latentlab.diagnostics.moments import MomentErrors, moment_errors
 from latentlab.diagnostics.psis import KhatTable, Psis, khat_per_column, psis
 from latentlab.diagnostics.rhat import rhat
+from latentlab.diagnostics.stein import Stein, stein
 
 __all__ = [
     "Alignment",
@@ -17,6 +18,7 @@ __all__ = [
     "MomentErrors",
     "Psis",
     "RowEvidence",
+    "Stein",
     "align",
     "collapse",
     "khat_per_column",
@@ -28,4 +30,5 @@ __all__ = [
     "psis",
     "rhat",
     "row_evidence",
+    "stein",
 ]
