@@ -1,6 +1,9 @@
 """Diagnostics: pure functions of arrays and callables, which know no model and no guide."""
 
+from latentlab.diagnostics.calibration import Sbc, Tarp, holm, sbc, sbc_ranks, tarp
 from latentlab.diagnostics.collapse import Collapse, collapse, kl_per_dimension
+from latentlab.diagnostics.coverage import Contraction, Coverage, contraction, coverage
+from latentlab.diagnostics.ecdf import Uniformity, uniformity
 from latentlab.diagnostics.ess import ess, mcse
 from latentlab.diagnostics.estimate import Estimate, log_mean_exp
 from latentlab.diagnostics.importance import RowEvidence, row_evidence
@@ -8,19 +11,31 @@ from latentlab.diagnostics.kl import kl, kl_from_draws
 from latentlab.diagnostics.labels import Alignment, align
 from latentlab.diagnostics.moments import MomentErrors, moment_errors
 from latentlab.diagnostics.psis import KhatTable, Psis, khat_per_column, psis
+from latentlab.diagnostics.reliability import Reliability, reliability
 from latentlab.diagnostics.rhat import rhat
+from latentlab.diagnostics.stein import Stein, stein
 
 __all__ = [
     "Alignment",
     "Collapse",
+    "Contraction",
+    "Coverage",
     "Estimate",
     "KhatTable",
     "MomentErrors",
     "Psis",
+    "Reliability",
     "RowEvidence",
+    "Sbc",
+    "Stein",
+    "Tarp",
+    "Uniformity",
     "align",
     "collapse",
     "ess",
+    "contraction",
+    "coverage",
+    "holm",
     "khat_per_column",
     "kl",
     "kl_from_draws",
@@ -29,6 +44,12 @@ __all__ = [
     "mcse",
     "moment_errors",
     "psis",
+    "reliability",
     "rhat",
     "row_evidence",
+    "sbc",
+    "sbc_ranks",
+    "stein",
+    "tarp",
+    "uniformity",
 ]
