@@ -16,9 +16,11 @@ if TYPE_CHECKING:
         testing,
     )
     from latentlab.codes import fit_codes
+    from latentlab.inference.calibrate import Calibration, calibrate
     from latentlab.inference.chains import Chains
     from latentlab.inference.check import PairReport, check_pair
     from latentlab.inference.engine import FitDivergedError, fit
+    from latentlab.inference.identities import check_posterior
     from latentlab.inference.nuts import nuts
     from latentlab.inference.posterior import Posterior
     from latentlab.inference.select import select
@@ -37,6 +39,7 @@ __version__ = "0.1.0"
 # Public name -> the module it lives in; imported when first asked for.
 _HOMES = {
     "Autoencoder": "latentlab.models",
+    "Calibration": "latentlab.inference.calibrate",
     "Chains": "latentlab.inference.chains",
     "FactorAnalysis": "latentlab.models",
     "FitDivergedError": "latentlab.inference.engine",
@@ -48,7 +51,9 @@ _HOMES = {
     "ProbabilisticPCA": "latentlab.models",
     "VariationalAutoencoder": "latentlab.models",
     "Verdict": "latentlab.inference.verdict",
+    "calibrate": "latentlab.inference.calibrate",
     "check_pair": "latentlab.inference.check",
+    "check_posterior": "latentlab.inference.identities",
     "fit": "latentlab.inference.engine",
     "fit_codes": "latentlab.codes",
     "load": "latentlab.loading",
@@ -64,6 +69,7 @@ _MODULES = (
 
 __all__ = [
     "Autoencoder",
+    "Calibration",
     "Chains",
     "FactorAnalysis",
     "FitDivergedError",
@@ -75,7 +81,9 @@ __all__ = [
     "ProbabilisticPCA",
     "VariationalAutoencoder",
     "Verdict",
+    "calibrate",
     "check_pair",
+    "check_posterior",
     "data",
     "diagnostics",
     "distributions",

@@ -118,6 +118,13 @@ class Starts:
         guide.start(point, 1e-3 * unit)
         raise self._hopeless()
 
+    def spread_over_prior(self) -> None:
+        """Put a guide of ours over the prior, a third as wide: where no data are known yet."""
+        guide = self.pair.guide
+        if isinstance(guide, Guide) and guide.num_latents:
+            _, center, unit = self._prior(guide, stream(self.seed, "spread"))
+            guide.start(center, unit / 3)
+
     def lay_over_mode(self, center: Tensor) -> None:
         """Lay a guide that stands somewhere over the mode near there, if that has the larger ELBO.
 
