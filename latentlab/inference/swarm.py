@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from latentlab.guides import Guide
-from latentlab.inference.pair import Pair
+from latentlab.inference.modes import TrainingMode
+from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.program import Program, inputs, moving, record, verify
 from latentlab.inference.sandbox import stream
 from latentlab.inference.simulate import Simulations
@@ -30,7 +31,8 @@ __all__ = ["UNSETTLED", "Swarm"]
 
 _NUMBERS = 2**23  # of noise in a call
 _CALL = 100  # steps
-_WARM_UP, _STAGE = 800, 400  # steps
+_COMPARED = 3  # data sets at which the record is compared with the pair
+_WARM_UP, _STAGE = 500, 300  # steps
 _FIRST, _LAST = 0.3, 0.006  # rates of the warm-up, in units of the frame
 _RATES = (0.1, 0.05, 0.025, 0.0125)  # of the stages
 UNSETTLED = 0.1
@@ -73,7 +75,7 @@ class Swarm:
             return
         if isinstance(owner_of(pair.model), StartsFrom):
             self._place_each()
-        self._program = self._recorded()
+        self._prepare()
         fall = [_FIRST * (_LAST / _FIRST) ** (k / _WARM_UP) for k in range(_WARM_UP)]
         stages = [fall, *([rate] * _STAGE for rate in _RATES)]
         total, done = sum(map(len, stages)), 0
@@ -104,56 +106,78 @@ class Swarm:
         for tensor, values in zip(moving(self.pair).values(), self._state, strict=True):
             values[m] = tensor.detach()
 
-    def _recorded(self) -> Program:
-        """The step as a program, compared with the pair as for any fit."""
-        from latentlab.inference.batches import Batches
-        from latentlab.inference.modes import TrainingMode
-        from latentlab.inference.steps import Compiled
-
-        pair = self.pair
-        program = record(pair, self.num_particles, pair.data)
-        optimiser = torch.optim.Adam([*pair.parameters().values()], lr=1.0)
-        trial = Compiled(pair, optimiser, program, Batches(pair.data), 0, 1)
+    def _prepare(self) -> None:
+        """Record the step, compile it for all data sets, and compare it with the pair."""
+        pair, M = self.pair, len(self.simulations)
+        self._program = program = record(pair, self.num_particles, pair.data)
+        numbers = M * sum(math.prod(noise.shape) for noise in program.noise)
+        self._size = max(1, min(_CALL, _NUMBERS // max(numbers, 1)))
+        observed = self.simulations.observed
+        self._data = [observed.get(k, tensor) for k, tensor in enumerate(inputs(pair.data))]
+        axes = tuple(0 if k in observed else None for k in range(len(self._data)))
+        self._steps = _built(program, axes)
+        some = [self.simulations[m] for m in range(min(_COMPARED, M))]
         with TrainingMode(pair):
-            verify(pair, program, trial.slope, self.num_particles, [pair.data])
-        return program
+            verify(pair, program, self._slope, self.num_particles, some)
+
+    def _slope(self, tape: Sequence[Tensor], data: Arguments) -> tuple[float, list[Tensor]]:
+        """ELBO and gradient for one tape where the pair is, by the compiled steps themselves.
+
+        At a rate of zero all steps are the same, and Adam's mean of their slopes is the slope.
+        """
+        n, M = self._size, len(self.simulations)
+        own = data.tensors()
+        m = next(
+            m
+            for m in range(M)
+            if all(torch.equal(own[k], x[m]) for k, x in self.simulations.observed.items())
+        )
+        state = [x.detach().expand(M, *x.shape).contiguous() for x in moving(self.pair).values()]
+        noise = [z.expand(n, M, *z.shape).contiguous() for z in tape]
+        carry, elbos = self._run(self._begin(state), state, noise, [0.0] * n, [0.0] * n)
+        kept = 1 - _BETAS[0] ** n
+        return float(elbos[0][m]), [_tensor(x)[m] / kept for x in carry[1]]
+
+    def _begin(self, state: Sequence[Tensor]) -> Array:
+        """What steps carry: parameters, Adam's moments, the sum of parameters, and an age."""
+        learned = state[: self._program.num_learned]
+        zeros = to_jax([torch.zeros_like(x) for x in learned])
+        age = to_jax([torch.zeros((), dtype=torch.int32)])[0]
+        return to_jax([x.clone() for x in learned]), zeros, zeros, zeros, age
+
+    def _run(
+        self,
+        carry: Array,
+        state: Sequence[Tensor],
+        noise: Sequence[Tensor],
+        rates: Sequence[float],
+        counts: Sequence[float],
+    ) -> tuple[Array, Array]:
+        """Some steps of all fits; how much each of them counts in the average."""
+        import jax
+
+        with jax.enable_x64(True):
+            frame = to_jax([x.contiguous() for x in state[self._program.num_learned :]])
+            held = frame, to_jax(self._data), to_jax(self._program.constants)
+            plan = [torch.tensor([*x], dtype=self.pair.dtype) for x in (rates, counts)]
+            return self._steps(carry, held, (to_jax(noise), *to_jax(plan)))
 
     def _stage(self, rates: Sequence[float], seed: int, done: int, total: int) -> None:
         """Steps at some rates; all fits end at the average of the later half."""
-        import jax
-
-        program, M = self._program, len(self.simulations)
+        program, M, size = self._program, len(self.simulations), self._size
         generator = torch.Generator().manual_seed(seed)
-        numbers = M * sum(math.prod(noise.shape) for noise in program.noise)
-        size = max(1, min(_CALL, _NUMBERS // max(numbers, 1)))
-        num = program.num_learned
-        data = [
-            self.simulations.observed.get(k, tensor)
-            for k, tensor in enumerate(inputs(self.pair.data))
-        ]
-        axes = tuple(0 if k in self.simulations.observed else None for k in range(len(data)))
-        function = _built(program, axes)
-        with jax.enable_x64(True):
-            held = (
-                to_jax([x.contiguous() for x in self._state[num:]]),
-                to_jax(data),
-                to_jax(program.constants),
-            )
-            learned = to_jax([x.clone() for x in self._state[:num]])
-            zeros = to_jax([torch.zeros_like(x) for x in self._state[:num]])
-            age = to_jax([torch.zeros((), dtype=torch.int32)])[0]
-            carry: Array = (learned, zeros, zeros, zeros, age)
-            for first in range(0, len(rates), size):
-                part = rates[first : first + size]
-                noise = program.draw(generator, [1.0] * (len(part) * M))
-                tapes = to_jax([z.reshape(len(part), M, *z.shape[1:]) for z in noise])
-                counts = [float(k >= len(rates) // 2) for k in range(first, first + len(part))]
-                plan = to_jax([torch.tensor(x, dtype=self.pair.dtype) for x in (part, counts)])
-                carry = function(carry, held, (tapes, *plan))
-                self.tick((done + first) / total)
-            averaged = len(rates) - len(rates) // 2
-            for k, array in enumerate(carry[3]):
-                self._state[k] = torch.utils.dlpack.from_dlpack(array).clone() / averaged
+        carry, later = self._begin(self._state), len(rates) // 2
+        for first in range(0, len(rates), size):
+            part = [*rates[first : first + size]]
+            counts = [float(first + k >= later) for k in range(len(part))]
+            # Of one length, so that one program does for all; the rest counts for nothing.
+            part, counts = (x + [0.0] * (size - len(x)) for x in (part, counts))
+            tapes = program.draw(generator, [1.0] * (size * M))
+            noise = [z.reshape(size, M, *z.shape[1:]) for z in tapes]
+            carry, _ = self._run(carry, self._state, noise, part, counts)
+            self.tick((done + first) / total)
+        for k, array in enumerate(carry[3]):
+            self._state[k] = _tensor(array).clone() / (len(rates) - later)
 
     def _places(self) -> list[tuple[Tensor, Tensor]]:
         """Means and standard deviations on the real line, where a guide of ours tells them."""
@@ -191,10 +215,12 @@ def _built(program: Program, axes: tuple[int | None, ...]) -> Callable:
 
     graph = read(program)
 
-    def loss(learned: Array, frame: Array, data: Array, constants: Array, noise: Array) -> Array:
-        return graph(*learned, *frame, *data, *constants, *noise)[0]
+    def loss(
+        learned: Array, frame: Array, data: Array, constants: Array, noise: Array
+    ) -> tuple[Array, Array]:
+        return graph(*learned, *frame, *data, *constants, *noise)
 
-    slope_of = jax.vmap(jax.grad(loss), in_axes=(0, 0, axes, None, 0))
+    slope_of = jax.vmap(jax.grad(loss, has_aux=True), in_axes=(0, 0, axes, None, 0))
 
     def call(carry: Array, held: Array, plan: Array) -> Array:
         frame, data, constants = held
@@ -202,7 +228,7 @@ def _built(program: Program, axes: tuple[int | None, ...]) -> Callable:
         def step(carry: Array, now: Array) -> Array:
             learned, first, second, total, t = carry
             noise, rate, counts = now
-            slopes = slope_of(learned, frame, data, constants, noise)
+            slopes, elbo = slope_of(learned, frame, data, constants, noise)
             t = t + 1
             age = t.astype(rate.dtype)
             wear = [1 - beta**age for beta in _BETAS]
@@ -213,14 +239,18 @@ def _built(program: Program, axes: tuple[int | None, ...]) -> Callable:
                 m = m + (1 - _BETAS[0]) * (g - m)
                 v = _BETAS[1] * v + (1 - _BETAS[1]) * g * g
                 # The eps of a fit: small slopes make small steps, in the guide's own frame.
-                size = jnp.sqrt(v / wear[1]) + rate
+                size = jnp.sqrt(v / wear[1]) + jnp.maximum(rate, 1e-30)
                 p = (p - rate / wear[0] * m / size).astype(p.dtype)
                 firsts.append(m)
                 seconds.append(v)
                 moved.append(p)
                 totals.append((s + counts * p).astype(p.dtype))
-            return (tuple(moved), tuple(firsts), tuple(seconds), tuple(totals), t), None
+            return (tuple(moved), tuple(firsts), tuple(seconds), tuple(totals), t), elbo
 
-        return jax.lax.scan(step, carry, plan)[0]
+        return jax.lax.scan(step, carry, plan)
 
     return jax.jit(call)
+
+
+def _tensor(array: Array) -> Tensor:
+    return torch.utils.dlpack.from_dlpack(array)
