@@ -16,8 +16,12 @@ if TYPE_CHECKING:
         testing,
     )
     from latentlab.codes import fit_codes
+    from latentlab.inference.calibrate import Calibration, calibrate
+    from latentlab.inference.chains import Chains
     from latentlab.inference.check import PairReport, check_pair
     from latentlab.inference.engine import FitDivergedError, fit
+    from latentlab.inference.identities import check_posterior
+    from latentlab.inference.nuts import nuts
     from latentlab.inference.posterior import Posterior
     from latentlab.inference.select import select
     from latentlab.inference.verdict import Verdict
@@ -35,6 +39,8 @@ __version__ = "0.1.0"
 # Public name -> the module it lives in; imported when first asked for.
 _HOMES = {
     "Autoencoder": "latentlab.models",
+    "Calibration": "latentlab.inference.calibrate",
+    "Chains": "latentlab.inference.chains",
     "FactorAnalysis": "latentlab.models",
     "FitDivergedError": "latentlab.inference.engine",
     "FlowDensity": "latentlab.models",
@@ -45,10 +51,13 @@ _HOMES = {
     "ProbabilisticPCA": "latentlab.models",
     "VariationalAutoencoder": "latentlab.models",
     "Verdict": "latentlab.inference.verdict",
+    "calibrate": "latentlab.inference.calibrate",
     "check_pair": "latentlab.inference.check",
+    "check_posterior": "latentlab.inference.identities",
     "fit": "latentlab.inference.engine",
     "fit_codes": "latentlab.codes",
     "load": "latentlab.loading",
+    "nuts": "latentlab.inference.nuts",
     "rows": "latentlab.plates",
     "select": "latentlab.inference.select",
     "sequences": "latentlab.plates",
@@ -60,6 +69,8 @@ _MODULES = (
 
 __all__ = [
     "Autoencoder",
+    "Calibration",
+    "Chains",
     "FactorAnalysis",
     "FitDivergedError",
     "FlowDensity",
@@ -70,7 +81,9 @@ __all__ = [
     "ProbabilisticPCA",
     "VariationalAutoencoder",
     "Verdict",
+    "calibrate",
     "check_pair",
+    "check_posterior",
     "data",
     "diagnostics",
     "distributions",
@@ -81,6 +94,7 @@ __all__ = [
     "load",
     "models",
     "nn",
+    "nuts",
     "objectives",
     "rows",
     "select",

@@ -1,9 +1,12 @@
 """Diagnostics: pure functions of arrays and callables, which know no model and no guide."""
 
+from latentlab.diagnostics.calibration import Sbc, Tarp, holm, sbc, sbc_ranks, tarp
 from latentlab.diagnostics.collapse import Collapse, collapse, kl_per_dimension
 from latentlab.diagnostics.compare import Comparison, compare
 from latentlab.diagnostics.elbo_parts import ElboParts, elbo_parts
 from latentlab.diagnostics.error_bounds import ErrorBounds, error_bounds
+from latentlab.diagnostics.coverage import Contraction, Coverage, contraction, coverage
+from latentlab.diagnostics.ecdf import Uniformity, uniformity
 from latentlab.diagnostics.ess import ess, mcse
 from latentlab.diagnostics.estimate import Estimate, log_mean_exp
 from latentlab.diagnostics.importance import RowEvidence, row_evidence
@@ -13,9 +16,11 @@ from latentlab.diagnostics.loo import Loo, loo
 from latentlab.diagnostics.loo_pit import LooPit, loo_pit
 from latentlab.diagnostics.moments import MomentErrors, moment_errors
 from latentlab.diagnostics.psis import KhatTable, Psis, khat_per_column, psis
+from latentlab.diagnostics.reliability import Reliability, reliability
 from latentlab.diagnostics.rhat import rhat
 from latentlab.diagnostics.sandwich import Sandwich, sandwich
 from latentlab.diagnostics.sensitivity import Sensitivity, sensitivity
+from latentlab.diagnostics.stein import Stein, stein
 
 __all__ = [
     "Alignment",
@@ -23,21 +28,31 @@ __all__ = [
     "Comparison",
     "ElboParts",
     "ErrorBounds",
+    "Contraction",
+    "Coverage",
     "Estimate",
     "KhatTable",
     "Loo",
     "LooPit",
     "MomentErrors",
     "Psis",
+    "Reliability",
     "RowEvidence",
     "Sandwich",
     "Sensitivity",
+    "Sbc",
+    "Stein",
+    "Tarp",
+    "Uniformity",
     "align",
     "collapse",
     "compare",
     "elbo_parts",
     "error_bounds",
     "ess",
+    "contraction",
+    "coverage",
+    "holm",
     "khat_per_column",
     "kl",
     "kl_from_draws",
@@ -48,8 +63,14 @@ __all__ = [
     "mcse",
     "moment_errors",
     "psis",
+    "reliability",
     "rhat",
     "row_evidence",
     "sandwich",
     "sensitivity",
+    "sbc",
+    "sbc_ranks",
+    "stein",
+    "tarp",
+    "uniformity",
 ]

@@ -6,6 +6,8 @@ import inspect
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from latentlab.inference.axes import coords_of, dims_of
+
 if TYPE_CHECKING:
     from latentlab.inference.posterior import Posterior
 
@@ -40,10 +42,12 @@ def to_arviz(posterior: Posterior, num_samples: int, seed: int | None) -> Any:  
         observed = posterior._observed()
         groups["observed_data"] = {k: v.numpy(force=True) for k, v in observed.items()}
         shapes |= {name: tuple(value.shape) for name, value in observed.items()}
-    dims = {name: list(posterior._dims(name, len(shape))) for name, shape in shapes.items()}
+    dims = {
+        name: list(dims_of(posterior.pair, name, len(shape))) for name, shape in shapes.items()
+    }
     coords: dict[str, list[str] | list[int]] = {}
     for name, shape in shapes.items():
-        for dim, labels in zip(dims[name], posterior._coords(name, shape), strict=True):
+        for dim, labels in zip(dims[name], coords_of(posterior.pair, name, shape), strict=True):
             numbered = labels == [str(i) for i in range(len(labels))]
             coords[dim] = list(range(len(labels))) if numbered else labels
     return from_groups(groups, coords, dims)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from latentlab.inference.axes import coords_of, dims_of
 from latentlab.inference.batches import follows_rows
 from latentlab.inference.networks import has_networks
 from latentlab.protocols import DrawsFit, owner_of
@@ -144,7 +145,7 @@ def _panels(posterior: Posterior) -> Iterator[_Panel]:
     summary = posterior.summary()
     for latent in posterior.pair.latents:
         rows = summary[summary["site"] == latent.name]
-        coords = posterior._coords(latent.name, latent.shape)
+        coords = coords_of(posterior.pair, latent.name, latent.shape)
         by_column = coords and posterior.names is not None and coords[-1] == [*posterior.names]
         if not by_column or len(coords[-1]) > _PANELS:
             yield _Panel(latent.name, [label or "value" for label in rows["index"]], rows)
@@ -193,7 +194,7 @@ def _columns(posterior: Posterior) -> tuple[list[str], np.ndarray]:
     names, parts = [], []
     for site, value in _sites_with_rows(posterior).items():
         folded = _is_of_steps(posterior, site, value.ndim)  # sequences: each step is a row
-        coords = posterior._coords(site, value.shape)[-1 if folded else 1 :]
+        coords = coords_of(posterior.pair, site, tuple(value.shape))[-1 if folded else 1 :]
         labels = [", ".join(parts) for parts in itertools.product(*coords)]
         named = len(coords) == 1 and labels == [*(posterior.names or ())]
         names += labels if named else [f"{site}[{label}]" if label else site for label in labels]
@@ -203,7 +204,7 @@ def _columns(posterior: Posterior) -> tuple[list[str], np.ndarray]:
 
 def _is_of_steps(posterior: Posterior, site: str, num_axes: int) -> bool:
     """Whether a site is sequences of rows (B, T, D)."""
-    return num_axes == 3 and posterior._dims(site, 3)[1:] == ("step", "feature")
+    return num_axes == 3 and dims_of(posterior.pair, site, 3)[1:] == ("step", "feature")
 
 
 # ---- sections of the report ------------------------------------------------------------------

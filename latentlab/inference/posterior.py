@@ -5,7 +5,6 @@ Letters: S draws, N rows, P particles, L latent numbers.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -24,13 +23,14 @@ from latentlab.data.checks import as_count, as_seed
 from latentlab.diagnostics import Alignment, Estimate, align
 from latentlab.guides import Draws, Guide
 from latentlab.inference import objectives, predictive
+from latentlab.inference.axes import labels_of
 from latentlab.inference.batches import follows_rows
 from latentlab.inference.pair import Arguments, Pair, copy_pair
 from latentlab.inference.restarts import Restarts
 from latentlab.inference.rows import density_of_rows
 from latentlab.inference.sandbox import stream
 from latentlab.inference.stages import particle_chunk
-from latentlab.protocols import Exchangeable, NamesDims, columns_along, owner_of
+from latentlab.protocols import Exchangeable, owner_of
 
 if TYPE_CHECKING:
     import arviz
@@ -248,7 +248,7 @@ class Posterior:
         num_samples = as_count(num_samples, "num_samples", minimum=2)
         frames = []
         for site, draws in self._aligned(num_samples, seed).draws.items():
-            labels = self._labels(site, tuple(draws.shape[1:]))
+            labels = labels_of(self.pair, site, tuple(draws.shape[1:]))
             frames.append(pd.DataFrame({"site": site, "index": labels, **_figures(draws)}))
         if not frames:
             return pd.DataFrame(columns=["site", "index", *_figures(torch.zeros(2, 1))])
@@ -464,28 +464,6 @@ class Posterior:
             return Alignment(draws, same, Estimate(0.0, 0.0))
         aligned = align({k: draws[k] for k in self._axes}, self._axes)
         return Alignment(draws | dict(aligned.draws), aligned.permutations, aligned.switched)
-
-    def _dims(self, site: str, num_axes: int) -> tuple[str, ...]:
-        owner = owner_of(self.pair.model)
-        if isinstance(owner, NamesDims) and len(owner.dims.get(site, ())) == num_axes:
-            return tuple(owner.dims[site])
-        return tuple(f"{site}_dim_{i}" for i in range(num_axes))
-
-    def _coords(self, site: str, shape: tuple[int, ...]) -> list[list[str]]:
-        """Labels along each axis of a site; a feature has the name of its column."""
-        names, coords = self.names or (), []
-        # A site that is the table itself has its columns; of other sites the model has to say.
-        is_table = names and site in self.pair.observed
-        is_table = is_table and shape == tuple(self.pair.data.tensors()[0].shape)
-        for axis, size in enumerate(shape):
-            of_table = is_table and axis == 1 and len(shape) == 2
-            axis_name = "feature" if of_table else self._dims(site, len(shape))[axis]
-            columns = columns_along(axis_name, names)
-            coords.append(list(columns) if len(columns) == size else list(map(str, range(size))))
-        return coords
-
-    def _labels(self, site: str, shape: tuple[int, ...]) -> list[str]:
-        return [", ".join(parts) for parts in itertools.product(*self._coords(site, shape))]
 
 
 def _figures(draws: Tensor) -> dict[str, np.ndarray]:

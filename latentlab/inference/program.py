@@ -33,7 +33,7 @@ from latentlab.inference.sandbox import manual_seed, stream
 from latentlab.inference.training import kl_weight, objective
 from latentlab.protocols import Anneals, owner_of
 
-__all__ = ["Noise", "Program", "UntraceableError", "moving", "record", "verify"]
+__all__ = ["Noise", "Program", "UntraceableError", "moving", "record", "record_function", "verify"]
 
 _MOST_OPERATIONS = 6000  # of a graph; a longer one is a loop that was unrolled
 _TAPES = 3
@@ -152,13 +152,10 @@ def record(pair: Pair, num_particles: int, data: Arguments, step: int = 0) -> Pr
 
 
 def _record(pair: Pair, num_particles: int, data: Arguments, step: int, seed: int) -> Program:
-    from torch.fx.experimental.proxy_tensor import make_fx
-
     # What a pair remembers of a run would be tensors of the record: a copy is run, and dropped.
     state = moving(pair)
     model, guide = copy_pair(pair.model, pair.guide, shared=state.values())
     pair = replace(pair, model=model, guide=guide)
-    given = inputs(data)
 
     # That one weight is not that of another step is known to models that anneal only.
     anneals = isinstance(owner_of(pair.model), Anneals)
@@ -172,13 +169,37 @@ def _record(pair: Pair, num_particles: int, data: Arguments, step: int, seed: in
         with torch.enable_grad():  # a guide may follow slopes of its own
             return objective(pair, num_particles, batch, step, next(rest, None))[:2]
 
+    graph = _written(run, [*inputs(data), *weight], seed)
+    return _made_explicit(graph, state, len(pair.parameters()), weight)
+
+
+def record_function(run: Callable[..., tuple[Tensor, ...]], *given: Tensor) -> Program:
+    """Run a function of tensors, and write down what it does: a program of no state.
+
+    Arguments:
+        run: from tensors to some tensors; it must not draw.
+        given: what it is run at.
+
+    Raises:
+        UntraceableError: if it reads values, draws, or is too long.
+    """
+    program = _made_explicit(_written(run, given, seed=1), {}, 0, [])
+    if program.noise:
+        raise UntraceableError("it draws")
+    return program
+
+
+def _written(run: Callable, given: Sequence[Tensor], seed: int) -> fx.GraphModule:
+    """What a function does at some tensors, without side effects."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
     kept = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed)
     manual_seed(seed)
     try:
         pure = torch.func.functionalize(run)
-        graph = make_fx(pure, tracing_mode="real", _allow_non_fake_inputs=True)(*given, *weight)
+        graph = make_fx(pure, tracing_mode="real", _allow_non_fake_inputs=True)(*given)
     except Exception as error:
         first_line = (str(error).splitlines() or [""])[0]
         raise UntraceableError(f"{type(error).__name__}: {first_line}") from error
@@ -188,7 +209,7 @@ def _record(pair: Pair, num_particles: int, data: Arguments, step: int, seed: in
     count = sum(node.op == "call_function" for node in graph.graph.nodes)
     if count > _MOST_OPERATIONS:
         raise UntraceableError(f"it takes {count} operations, of which a loop makes the most")
-    return _made_explicit(graph, state, len(pair.parameters()), weight)
+    return graph
 
 
 def _made_explicit(

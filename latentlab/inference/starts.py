@@ -20,14 +20,14 @@ Reference:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from latentlab.guides import Arrow, Draws, Guide, Structured
+from latentlab.guides import Arrow, Guide, Structured
 from latentlab.inference import objectives
+from latentlab.inference.density import log_density
 from latentlab.inference.pair import Pair
 from latentlab.inference.sandbox import manual_seed, stream
 from latentlab.inference.stages import evaluate, first_bad
@@ -66,10 +66,13 @@ class Starts:
                 weights = objectives.log_weights(self.pair, 4 if self.pair.vectorised else 1)
             if torch.isfinite(weights).all():
                 return
+        raise self._hopeless()
+
+    def _hopeless(self) -> ValueError:
         with torch.no_grad():
             draws = objectives.draw(self.pair, 1)
             site, value = first_bad(objectives.site_log_probs(self.pair, draws))
-        raise ValueError(
+        return ValueError(
             f"site {site!r}: its log-density is {value} at each of ten starts; "
             "look at its support and at the scale of its parents' priors"
         )
@@ -82,14 +85,45 @@ class Starts:
         free, center, unit = self._prior(guide, seed)
         if start or attempt:
             center = free[0].clamp(center - 2 * unit, center + 2 * unit)
-        owner = owner_of(self.pair.model)
-        if isinstance(owner, StartsFrom):
-            data = self.pair.data
-            values = owner.starting_values(*data.args, seed=seed, **data.kwargs)
-            center = self._overwrite(guide, center, values)
+        center = self._as_the_model_likes(guide, center, seed)
         guide.start(center, 0.1 * unit)
         if not attempt and not self.pair.store["params"]:  # parameters yet to learn have no mode
             self._go_to_mode(guide, center, unit, seed)
+
+    def point(self, start: int) -> Tensor:
+        """Where a chain of a sampler may begin: a draw of the prior that is not far out.
+
+        Modes are no such places: that of a hierarchy may be a spike that holds no mass.
+
+        Arguments:
+            start: its number.
+
+        Returns:
+            Numbers (L,) on the real line.
+
+        Raises:
+            ValueError: if there is none; the message names the site.
+        """
+        guide = self.pair.guide
+        if not isinstance(guide, Guide):
+            raise TypeError("guide: expected one of latentlab.guides, which lays out the latents")
+        for attempt in range(_ATTEMPTS):
+            seed = stream(self.seed, "point", start, attempt)
+            free, center, unit = self._prior(guide, seed)
+            point = free[0].clamp(center - 2 * unit, center + 2 * unit)
+            point = self._as_the_model_likes(guide, point, seed)
+            with torch.no_grad():
+                if bool(log_density(self.pair, guide, point[None]).isfinite().all()):
+                    return point
+        guide.start(point, 1e-3 * unit)
+        raise self._hopeless()
+
+    def spread_over_prior(self) -> None:
+        """Put a guide of ours over the prior, a third as wide: where no data are known yet."""
+        guide = self.pair.guide
+        if isinstance(guide, Guide) and guide.num_latents:
+            _, center, unit = self._prior(guide, stream(self.seed, "spread"))
+            guide.start(center, unit / 3)
 
     def lay_over_mode(self, center: Tensor) -> None:
         """Lay a guide that stands somewhere over the mode near there, if that has the larger ELBO.
@@ -135,8 +169,12 @@ class Starts:
             value = evaluate(self.pair, objectives.draw(self.pair, num_draws)).value
         return value if math.isfinite(value) else -math.inf
 
-    @staticmethod
-    def _overwrite(guide: Guide, center: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+    def _as_the_model_likes(self, guide: Guide, center: Tensor, seed: int) -> Tensor:
+        """A centre (L,) with what the model knows of good starts in it."""
+        owner, data = owner_of(self.pair.model), self.pair.data
+        if not isinstance(owner, StartsFrom):
+            return center
+        values = owner.starting_values(*data.args, seed=seed, **data.kwargs)
         current = guide.unpack(center[None])[0]
         current |= {
             name: value.reshape(current[name].shape).to(center)
@@ -146,23 +184,13 @@ class Starts:
         return guide.pack(current)[0]
 
 
-def _log_density(pair: Pair, guide: Guide, u: Tensor) -> Tensor:
-    """Log joint density (P,) at points u (P, L) of the real line."""
-    values, log_det = guide.unpack(u)
-    joint = objectives.log_joint(pair, Draws(values, u.new_zeros(len(u))))
-    if pair.is_point():
-        return joint
-    stretch = [part.reshape(len(u), -1).sum(-1) for part in log_det.values()]
-    return joint + sum(stretch, u.new_zeros(()))
-
-
 def _mode(pair: Pair, guide: Guide, center: Tensor, unit: Tensor) -> Tensor:
     """A mode of the log density near a centre, by L-BFGS in units of the prior."""
     from scipy.optimize import minimize
 
     def loss(v: np.ndarray) -> tuple[float, np.ndarray]:
         at = torch.from_numpy(v).to(center).requires_grad_()
-        value = -_log_density(pair, guide, (center + unit * at)[None])[0]
+        value = -log_density(pair, guide, (center + unit * at)[None])[0]
         (slope,) = torch.autograd.grad(value, at)
         return value.item(), slope.double().numpy(force=True)
 
@@ -177,7 +205,7 @@ def _precision(pair: Pair, guide: Guide, mode: Tensor, unit: Tensor) -> Tensor:
     """Negative second derivatives (L, L) at a mode, made positive definite."""
 
     def loss(v: Tensor) -> Tensor:
-        return -_log_density(pair, guide, (mode + unit * v)[None])[0]
+        return -log_density(pair, guide, (mode + unit * v)[None])[0]
 
     curvature = torch.autograd.functional.hessian(loss, torch.zeros_like(mode))
     if not curvature.isfinite().all():
@@ -210,7 +238,7 @@ def _arrow(pair: Pair, guide: Guide, mode: Tensor, unit: Tensor) -> Arrow:
     zeros = torch.zeros_like(mode)
     at = zeros.clone().requires_grad_()
     with torch.enable_grad():
-        value = -_log_density(pair, guide, (mode + unit * at)[None])[0]
+        value = -log_density(pair, guide, (mode + unit * at)[None])[0]
         (slope,) = torch.autograd.grad(value, at, create_graph=True)
         columns = [
             torch.autograd.grad(slope, at, zeros.index_fill(0, places, 1.0), retain_graph=True)[0]

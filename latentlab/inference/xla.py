@@ -28,7 +28,7 @@ from torch import Tensor, fx
 from latentlab.inference.lowerings import lowerings
 from latentlab.inference.program import Program, UntraceableError
 
-__all__ = ["Steps", "has_jax", "read"]
+__all__ = ["Steps", "has_jax", "read", "to_jax"]
 
 _BETAS = (0.9, 0.999)
 _KEPT = 64  # compiled programs
@@ -103,7 +103,7 @@ def _arrays(tensors: Sequence[Tensor]) -> tuple:
     )
 
 
-def _plain(tensors: Sequence[Tensor]) -> tuple:
+def to_jax(tensors: Sequence[Tensor]) -> tuple:
     """Tensors for one call: JAX is faster at arrays of NumPy than at making its own of them."""
     return tuple(x.detach().numpy() for x in tensors)
 
@@ -158,12 +158,12 @@ class Steps:
                 scales = [torch.tensor([*x], dtype=dtype) for x in (self.units, self.eps)]
                 self._held = _arrays(self.data), _arrays(self.program.constants), *_arrays(scales)
                 self._moments = self._new_moments()
-            frame = _plain([x.clone() for x in self.state[len(learned) :]])
-            carry = _plain([p.detach().clone() for p in learned]), *self._moments
+            frame = to_jax([x.clone() for x in self.state[len(learned) :]])
+            carry = to_jax([p.detach().clone() for p in learned]), *self._moments
             plan = (
-                _plain([z.reshape(*shape, *z.shape[1:]) for z in noise]),
-                *_plain([torch.tensor(rates, dtype=dtype).reshape(shape)]),
-                None if rows is None else _plain([rows.reshape(*shape, -1)])[0],
+                to_jax([z.reshape(*shape, *z.shape[1:]) for z in noise]),
+                *to_jax([torch.tensor(rates, dtype=dtype).reshape(shape)]),
+                None if rows is None else to_jax([rows.reshape(*shape, -1)])[0],
             )
             function = _compiled(self.program, self.batched)
             (now, *moments), (elbos, path) = function(carry, (frame, *self._held), plan)

@@ -1,0 +1,135 @@
+r"""Data that a model says: its latents drawn from the prior, and its observed sites given them.
+
+.. math:: \theta_m \sim p(\theta), \qquad y_m \sim p(y \mid \theta_m)
+
+Data that the model only reads, covariates, stay as they are.
+
+Letters: M simulations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import pyro.poutine as poutine
+import torch
+from torch import Tensor
+
+from latentlab.guides import Draws
+from latentlab.inference import objectives, predictive
+from latentlab.inference.pair import Arguments, Pair
+from latentlab.inference.sandbox import manual_seed
+
+__all__ = ["Simulations", "simulate"]
+
+
+@dataclass(frozen=True)
+class Simulations:
+    """M data sets and what they were drawn with.
+
+    Arguments:
+        truth: site -> value of each latent, shape (M, ...); labels that are summed out left out.
+        observed: place among the tensors of the data -> that tensor of each simulation, (M, ...).
+        data: the data that they are like.
+    """
+
+    truth: Mapping[str, Tensor]
+    observed: Mapping[int, Tensor]
+    data: Arguments
+
+    def __len__(self) -> int:
+        return len(next(iter(self.observed.values())))
+
+    def __getitem__(self, m: int) -> Arguments:
+        """The data of one simulation."""
+        places = iter(range(len(self.data.tensors())))
+
+        def replaced(tensor: Tensor) -> Tensor:
+            k = next(places)
+            return self.observed[k][m] if k in self.observed else tensor
+
+        return self.data.map(replaced)
+
+
+def simulate(
+    pair: Pair, num_simulations: int, seed: int, latents: Mapping[str, Tensor] | None = None
+) -> Simulations:
+    """Draw data sets like those of a pair.
+
+    Arguments:
+        pair: the pair, entered.
+        num_simulations: number M of data sets.
+        seed: of all draws.
+        latents: site -> values (M, ...) to draw the data with; by default draws of the prior.
+
+    Raises:
+        ValueError: if an observed site is not one of the tensors of the data, so that nobody can
+            tell where its draws would go.
+    """
+    manual_seed(seed)
+    places = _places(pair)
+    with torch.no_grad():
+        truth = _from_prior(pair, num_simulations) if latents is None else dict(latents)
+        batches = {
+            z.name: truth[z.name].reshape(
+                num_simulations,
+                *(1,) * (pair.nesting - len(z.batch_shape)),
+                *z.shape,
+            )
+            for z in pair.latents
+        }
+        # Labels are drawn with the data: they belong to them.
+        draws = Draws(batches, torch.zeros(num_simulations))
+        drawn = predictive.replicate(replace(pair, summed_out=()), draws)
+    found = {
+        k: drawn[site].reshape(num_simulations, *like.shape).to(like.dtype)
+        for site, (k, like) in places.items()
+    }
+    return Simulations(truth, found, pair.data)
+
+
+def _from_prior(pair: Pair, num: int) -> dict[str, Tensor]:
+    """Latents of the prior, the observed sites left as they are."""
+    if pair.vectorised:
+        with objectives.particles(num, pair), objectives.Substitute({}) as record:
+            pair.data.call(pair.model)
+        found = record.values
+        shapes = {z.name: z.shape for z in pair.latents}
+        return {
+            k: found[k].expand(num, *found[k].shape[1:]).reshape(num, *s)
+            for k, s in shapes.items()
+        }
+    singles = []
+    for _ in range(num):
+        with objectives.Substitute({}) as record:
+            pair.data.call(pair.model)
+        singles.append(record.values)
+    return {z.name: torch.stack([s[z.name] for s in singles]) for z in pair.latents}
+
+
+def _places(pair: Pair) -> dict[str, tuple[int, Tensor]]:
+    """Observed site -> which tensor of the data holds its values, and that tensor."""
+    tensors = pair.data.tensors()
+    with torch.no_grad():
+        nodes = poutine.trace(pair.model).get_trace(*pair.data.args, **pair.data.kwargs).nodes
+    found: dict[str, tuple[int, Tensor]] = {}
+    for site in pair.observed:
+        value = torch.as_tensor(nodes[site]["value"])
+        for k, tensor in enumerate(tensors):
+            if k in {place for place, _ in found.values()} or tensor.numel() != value.numel():
+                continue
+            same = value is tensor or torch.equal(
+                value.reshape(-1).to(tensor.dtype), tensor.reshape(-1)
+            )
+            if same:
+                found[site] = (k, tensor)
+                break
+        else:
+            shapes = ", ".join(str(tuple(t.shape)) for t in tensors) or "none"
+            raise ValueError(
+                f"data: site {site!r} observes values of shape {tuple(value.shape)} that are none "
+                f"of the data's tensors ({shapes}), so that simulated ones cannot take their "
+                "place; observe an argument of the model as it is, without missing cells"
+            )
+    return found
