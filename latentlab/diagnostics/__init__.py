@@ -2,7 +2,16 @@
 
 from latentlab.diagnostics.calibration import Sbc, Tarp, holm, sbc, sbc_ranks, tarp
 from latentlab.diagnostics.collapse import Collapse, collapse, kl_per_dimension
+from latentlab.diagnostics.comparison import DrawComparison, compare_draws
 from latentlab.diagnostics.coverage import Contraction, Coverage, contraction, coverage
+from latentlab.diagnostics.distances import (
+    C2st,
+    Mmd,
+    SlicedWasserstein,
+    c2st,
+    mmd,
+    sliced_wasserstein,
+)
 from latentlab.diagnostics.ecdf import Uniformity, uniformity
 from latentlab.diagnostics.estimate import Estimate, log_mean_exp
 from latentlab.diagnostics.importance import RowEvidence, row_evidence
@@ -16,21 +25,27 @@ from latentlab.diagnostics.stein import Stein, stein
 
 __all__ = [
     "Alignment",
+    "C2st",
     "Collapse",
     "Contraction",
     "Coverage",
+    "DrawComparison",
     "Estimate",
     "KhatTable",
+    "Mmd",
     "MomentErrors",
     "Psis",
     "Reliability",
     "RowEvidence",
     "Sbc",
+    "SlicedWasserstein",
     "Stein",
     "Tarp",
     "Uniformity",
     "align",
+    "c2st",
     "collapse",
+    "compare_draws",
     "contraction",
     "coverage",
     "holm",
@@ -39,6 +54,7 @@ __all__ = [
     "kl_from_draws",
     "kl_per_dimension",
     "log_mean_exp",
+    "mmd",
     "moment_errors",
     "psis",
     "reliability",
@@ -46,6 +62,7 @@ __all__ = [
     "row_evidence",
     "sbc",
     "sbc_ranks",
+    "sliced_wasserstein",
     "stein",
     "tarp",
     "uniformity",
