@@ -18,6 +18,7 @@ from latentlab.diagnostics.importance import RowEvidence, row_evidence
 from latentlab.diagnostics.kl import kl, kl_from_draws
 from latentlab.diagnostics.labels import Alignment, align
 from latentlab.diagnostics.moments import MomentErrors, moment_errors
+from latentlab.diagnostics.ppc import Pit, Ppc, Rootogram, pit, plot_densities, ppc, rootogram
 from latentlab.diagnostics.psis import KhatTable, Psis, khat_per_column, psis
 from latentlab.diagnostics.reliability import Reliability, reliability
 from latentlab.diagnostics.rhat import rhat
@@ -34,8 +35,11 @@ __all__ = [
     "KhatTable",
     "Mmd",
     "MomentErrors",
+    "Pit",
+    "Ppc",
     "Psis",
     "Reliability",
+    "Rootogram",
     "RowEvidence",
     "Sbc",
     "SlicedWasserstein",
@@ -56,9 +60,13 @@ __all__ = [
     "log_mean_exp",
     "mmd",
     "moment_errors",
+    "pit",
+    "plot_densities",
+    "ppc",
     "psis",
     "reliability",
     "rhat",
+    "rootogram",
     "row_evidence",
     "sbc",
     "sbc_ranks",
