@@ -15,6 +15,11 @@ from latentlab.diagnostics.distances import (
 from latentlab.diagnostics.ecdf import Uniformity, uniformity
 from latentlab.diagnostics.estimate import Estimate, log_mean_exp
 from latentlab.diagnostics.importance import RowEvidence, row_evidence
+from latentlab.diagnostics.information import (
+    Information,
+    information,
+    information_from_densities,
+)
 from latentlab.diagnostics.kl import kl, kl_from_draws
 from latentlab.diagnostics.labels import Alignment, align
 from latentlab.diagnostics.moments import MomentErrors, moment_errors
@@ -32,6 +37,7 @@ __all__ = [
     "Coverage",
     "DrawComparison",
     "Estimate",
+    "Information",
     "KhatTable",
     "Mmd",
     "MomentErrors",
@@ -53,6 +59,8 @@ __all__ = [
     "contraction",
     "coverage",
     "holm",
+    "information",
+    "information_from_densities",
     "khat_per_column",
     "kl",
     "kl_from_draws",
