@@ -112,6 +112,21 @@ def test_heavy_tails_of_the_draws_do_no_harm():
     assert low / 200 < 0.05 + 4 * math.sqrt(0.05 * 0.95 / 200)
 
 
+def test_heavy_tails_do_not_hide_a_width():
+    """With the mean as centre, one draw far out would drown the rest: a third is missed."""
+    for seed in range(10):
+        u = 2 * np.random.default_rng(seed).standard_cauchy(size=(500, 1))
+        assert not stein(u, -2 * u / (1 + u**2)).ok
+
+
+def test_z_scores_of_squares_are_as_likely_below_as_above():
+    """Chi-square draws are skew: without Hall's transformation 0.4 % and 3 % are beyond 2.33."""
+    rng = np.random.default_rng(0)
+    z = torch.cat([stein(u, -u).spread_z for u in rng.normal(size=(100, 150, 30))])
+    for share in ((z < -2.33).double().mean(), (z > 2.33).double().mean()):
+        assert 0.004 < float(share) < 0.022
+
+
 def test_chains_and_units_do_not_matter():
     u, g = normal(0, 500, 2, 0.5, 2)
     one = stein(u, g)
