@@ -1,7 +1,6 @@
 """Stein's identities hold for draws of the target, and for no others; errors know correlation."""
 
 import math
-import warnings
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from hypothesis import strategies as st
 from scipy import signal
 
 from latentlab.diagnostics import stein
-from latentlab.diagnostics.autocorrelation import effective_size, standard_error
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -28,31 +26,6 @@ def normal(seed, num_samples=1000, L=3, persistence=0.0, num_chains=1):
 
 
 # ---- errors of means of correlated draws ----------------------------------------------------
-
-
-@pytest.mark.parametrize(("num_chains", "num_samples"), [(1, 1000), (4, 250), (2, 101)])
-def test_effective_size_is_that_of_arviz(num_chains, num_samples):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import arviz
-    if not arviz.__version__.startswith("0."):
-        pytest.skip("ArviZ 1.x takes other arrays")
-    for persistence in (0.0, 0.5, 0.9):
-        x = normal(1, num_samples, 4, persistence, num_chains)[0]
-        expected = [arviz.ess(x[:, :, p], method="mean") for p in range(4)]
-        # ArviZ ends the sum one term later, or not, by the sign of that term.
-        np.testing.assert_allclose(effective_size(torch.from_numpy(x)), expected, rtol=0.1)
-
-
-def test_errors_are_the_spread_of_means():
-    """An autoregression of persistence a has sums (1 + a) / (1 - a) times as wide, squared."""
-    x = torch.from_numpy(normal(0, 2000, 100, 0.8)[0])
-    exact = x.flatten(0, 1).std(0) * math.sqrt(9 / 2000)
-    assert standard_error(x).div(exact).log().mean().abs() < 0.1
-    assert standard_error(torch.ones(1, 10, 1).double()).tolist() == [0.0]
-
-
-# ---- the identities --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from latentlab.diagnostics.autocorrelation import effective_size, standard_error
 from latentlab.diagnostics.distances import (
     C2st,
     Mmd,
@@ -25,6 +24,7 @@ from latentlab.diagnostics.distances import (
     mmd,
     sliced_wasserstein,
 )
+from latentlab.diagnostics.ess import ess, mcse
 from latentlab.diagnostics.estimate import Estimate, to_tensor
 from latentlab.diagnostics.psis import _axes
 
@@ -145,13 +145,13 @@ def compare_draws(
         still = labels[int((unit == 0).nonzero()[0])]
         raise ValueError(f"reference: expected quantities that vary, {still} does not")
     sd = flat_a.std(0)
-    spread_a = standard_error(((a - flat_a.mean(0)) / sd.where(sd > 0, 1.0)) ** 2) / 2
-    spread_r = standard_error(((r - centre) / unit) ** 2) / 2  # errors of the logs of the sds
+    spread_a = mcse(((a - flat_a.mean(0)) / sd.where(sd > 0, 1.0)) ** 2) / 2
+    spread_r = mcse(((r - centre) / unit) ** 2) / 2  # errors of the logs of the sds
     thin_a, thin_r = ((v - centre) / unit for v in (_thinned(a), _thinned(r)))
     return DrawComparison(
         labels,
         (flat_a.mean(0) - centre) / unit,
-        (standard_error(a).square() + standard_error(r).square()).sqrt() / unit,
+        (mcse(a).square() + mcse(r).square()).sqrt() / unit,
         (sd / unit).log(),
         (spread_a.square() + spread_r.square()).sqrt(),
         sliced_wasserstein(thin_a, thin_r, seed=seed),
@@ -163,7 +163,7 @@ def compare_draws(
 def _thinned(chains: Tensor) -> Tensor:
     """Nearly independent draws (at most 1,000, at least 20) of chains (C, S, F)."""
     C, S = chains.shape[:2]
-    size = float(effective_size(chains).min())
+    size = float(ess(chains, "mean").min())
     count = int(max(_FEWEST, min(size, C * S, _MOST)))
     # Evenly over all chains, end to end.
     return chains.flatten(0, 1)[(torch.arange(count) * (C * S) / count).long()]

@@ -30,7 +30,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from latentlab.diagnostics.autocorrelation import effective_size
+from latentlab.diagnostics.ess import ess
 from latentlab.diagnostics.estimate import Estimate, to_tensor
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ def _against(chains: Tensor, expected: float) -> tuple[Tensor, Tensor, Tensor, T
     Hall's transformation takes the skewness out of a mean's z-score, which for squares of a
     normal would cost false alarms far out, where many are looked at together.
     """
-    size = effective_size(chains)
+    size = ess(chains, "mean")
     flat = chains.flatten(0, 1)
     mean, sd = flat.mean(0) + 0.0, flat.std(0)  # + 0.0 for no "-0"
     se = sd / size.sqrt()
