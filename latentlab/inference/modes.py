@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
+from latentlab.guides import Guide
 from latentlab.inference.copying import modules_of
 from latentlab.inference.pair import Pair
 
-__all__ = ["TrainingMode", "evaluation_mode"]
+__all__ = ["TrainingMode", "evaluation_mode", "standing"]
 
 
 def evaluation_mode(*functions: Callable) -> None:
@@ -37,6 +38,20 @@ def evaluation_mode(*functions: Callable) -> None:
             module.eval()
 
 
+def standing(pair: Pair, mode: TrainingMode | None = None) -> dict[str, Tensor]:
+    """Where a pair stands, by name: weights, what networks keep, the frame of a guide of ours.
+
+    Arguments:
+        pair: the pair.
+        mode: that of its steps, where it is at hand.
+    """
+    frame: dict[str, Tensor] = {}
+    if isinstance(pair.guide, Guide):
+        frame = {f"frame.{k}": v.detach() for k, v in pair.guide.named_buffers()}
+    mode = mode or TrainingMode(pair)
+    return mode.moving() | mode.counters() | frame
+
+
 class TrainingMode:
     """A context in which the networks of a pair are in training mode; to be entered each step.
 
@@ -49,18 +64,23 @@ class TrainingMode:
         tops = [*modules_of(pair.model), *modules_of(pair.guide)]
         found = {id(part): part for top in tops for part in _learning(top)}
         self._modules = [*found.values()]
-        self._buffers: dict[str, Tensor] = {
+        buffers = {
             f"buffer.{k}.{name}": buffer
             for k, part in enumerate(self._modules)
             if type(part).__module__.startswith("torch.")
             for name, buffer in part.named_buffers(recurse=False)
-            if buffer.is_floating_point()
         }
+        self._buffers = {k: b for k, b in buffers.items() if b.is_floating_point()}
+        self._counters = {k: b for k, b in buffers.items() if not b.is_floating_point()}
 
     def moving(self) -> dict[str, Tensor]:
         """What steps move, by name: weights, and running means that networks keep of batches."""
         weights = {name: value.detach() for name, value in self._pair.parameters().items()}
         return weights | self._buffers
+
+    def counters(self) -> dict[str, Tensor]:
+        """What networks count, by name: the batches that batch normalisation has seen."""
+        return self._counters
 
     def __enter__(self) -> None:
         for module in self._modules:  # past ``nn.Module.__setattr__``, which takes a microsecond

@@ -7,13 +7,14 @@ done torch takes the steps, and the posterior says why.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from latentlab.inference.lazy_adam import LazyAdam
 from latentlab.inference.modes import TrainingMode
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.sandbox import manual_seed, stream
@@ -173,6 +174,28 @@ class Eager:
             )
         return [value], torch.empty(0)
 
+    def memory(self) -> dict[str, Tensor]:
+        """What the optimiser remembers of the steps so far, by name."""
+        parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
+        found = {
+            f"{k}.{name}": torch.as_tensor(value).clone()
+            for k, parameter in enumerate(parameters)
+            for name, value in self.optimiser.state.get(parameter, {}).items()
+        }
+        if isinstance(self.optimiser, LazyAdam):
+            found["num_steps"] = torch.tensor(self.optimiser.num_steps)
+        return found
+
+    def recall(self, memory: Mapping[str, Tensor]) -> None:
+        """Go on from what :meth:`memory` gave."""
+        parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
+        for key, value in memory.items():
+            if key == "num_steps" and isinstance(self.optimiser, LazyAdam):
+                self.optimiser.num_steps = int(value)
+            else:
+                k, name = key.split(".")
+                self.optimiser.state[parameters[int(k)]][name] = value.clone()
+
 
 class Compiled:
     """Many steps in a call, by XLA.
@@ -239,6 +262,14 @@ class Compiled:
         noise = program.draw(generator, weights)
         every = self.every if len(rates) % self.every == 0 else len(rates)
         return self.steps.run(noise, rates, every, rows)
+
+    def memory(self) -> dict[str, Tensor]:
+        """What Adam remembers of the steps so far, by name."""
+        return self.steps.memory()
+
+    def recall(self, memory: Mapping[str, Tensor]) -> None:
+        """Go on from what :meth:`memory` gave."""
+        self.steps.recall(memory)
 
     def slope(self, noise: Sequence[Tensor], data: Arguments) -> tuple[float, list[Tensor]]:
         """The ELBO and the gradient of the loss for some noise and data, where the pair is now."""
