@@ -18,6 +18,8 @@ from latentlab.inference.pair import Pair
 
 __all__ = ["TrainingMode", "evaluation_mode", "standing"]
 
+_STILL = ("latentlab", "zuko")  # whose buffers no step moves
+
 
 def evaluation_mode(*functions: Callable) -> None:
     """Put all modules of callables in evaluation mode, in place.
@@ -49,7 +51,7 @@ def standing(pair: Pair, mode: TrainingMode | None = None) -> dict[str, Tensor]:
     if isinstance(pair.guide, Guide):
         frame = {f"frame.{k}": v.detach() for k, v in pair.guide.named_buffers()}
     mode = mode or TrainingMode(pair)
-    return mode.moving() | mode.counters() | frame
+    return mode.moving() | mode.others() | frame
 
 
 class TrainingMode:
@@ -64,23 +66,24 @@ class TrainingMode:
         tops = [*modules_of(pair.model), *modules_of(pair.guide)]
         found = {id(part): part for top in tops for part in _learning(top)}
         self._modules = [*found.values()]
-        buffers = {
-            f"buffer.{k}.{name}": buffer
-            for k, part in enumerate(self._modules)
-            if type(part).__module__.startswith("torch.")
-            for name, buffer in part.named_buffers(recurse=False)
-        }
-        self._buffers = {k: b for k, b in buffers.items() if b.is_floating_point()}
-        self._counters = {k: b for k, b in buffers.items() if not b.is_floating_point()}
+        self._buffers: dict[str, Tensor] = {}
+        self._others: dict[str, Tensor] = {}
+        for k, part in enumerate(self._modules):
+            whose = type(part).__module__.partition(".")[0]
+            for name, buffer in part.named_buffers(recurse=False):
+                running = whose == "torch" and buffer.is_floating_point()
+                kept = self._buffers if running else self._others
+                if whose not in _STILL:
+                    kept[f"buffer.{k}.{name}"] = buffer
 
     def moving(self) -> dict[str, Tensor]:
         """What steps move, by name: weights, and running means that networks keep of batches."""
         weights = {name: value.detach() for name, value in self._pair.parameters().items()}
         return weights | self._buffers
 
-    def counters(self) -> dict[str, Tensor]:
-        """What networks count, by name: the batches that batch normalisation has seen."""
-        return self._counters
+    def others(self) -> dict[str, Tensor]:
+        """What else steps may move, by name: counts of batches, buffers of a user's modules."""
+        return self._others
 
     def __enter__(self) -> None:
         for module in self._modules:  # past ``nn.Module.__setattr__``, which takes a microsecond

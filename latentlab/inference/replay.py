@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from latentlab.inference.journal import Part
-from latentlab.inference.modes import standing
+from latentlab.inference.modes import TrainingMode, standing
 from latentlab.inference.pair import Pair
 
 __all__ = ["done", "go_to"]
@@ -32,7 +32,10 @@ def done(
         prefix: of where the pair stands, such as ``"passing."``.
     """
     steps = {"losses": torch.tensor(losses, dtype=torch.float64)}
-    own = {f"{prefix}stands": standing(pair), "steps": steps}
+    others = TrainingMode(pair).others()
+    stands = {name: value for name, value in standing(pair).items() if name not in others}
+    # No climb puts the others back: where they are is asked for in any case.
+    own = {f"{prefix}stands": stands, "others": others, "steps": steps}
     return Part.of(facts, {**own, **(groups or {})})
 
 
@@ -44,7 +47,8 @@ def go_to(pair: Pair, part: Part) -> list[float]:
         part: what :func:`done` gave.
     """
     found = part.under("stands") or part.under("passing.stands")
-    if found:
-        for name, value in standing(pair).items():
+    found |= part.under("others")
+    for name, value in standing(pair).items():
+        if name in found:
             value.copy_(found[name])
     return part.tensors["steps.losses"].tolist()

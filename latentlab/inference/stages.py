@@ -211,7 +211,10 @@ class Climb:
             value.copy_(state[name])
 
     def _moving(self) -> State:
-        return standing(self.pair, self._mode)
+        frame: State = {}
+        if isinstance(self.pair.guide, Guide):
+            frame = {f"frame.{k}": v.detach() for k, v in self.pair.guide.named_buffers()}
+        return self._mode.moving() | frame
 
     def _stage(self, num_steps: int, rate: float, falling: bool = False) -> bool:
         """Run up to ``num_steps``, end at the average of the later half; was it stationary?
@@ -227,7 +230,8 @@ class Climb:
         trail = Trail(parameters, num_steps, self._networks(), _AT_REST * bool(ours))
         stepper = self._stepper(optimiser, trail.every)
         first, how, journal = self.num_steps, (num_steps, rate, falling), self.pair.journal
-        name = journal.name("stage", self.seed, first, *how, self.engine.used, self.state())
+        stands = standing(self.pair, self._mode)
+        name = journal.name("stage", self.seed, first, *how, self.engine.used, stands)
         part = journal.find(name)
         if part is None:
             stationary = self._walk(name, optimiser, stepper, trail, *how)
