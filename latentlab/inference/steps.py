@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from latentlab.inference.journal import Part
 from latentlab.inference.lazy_adam import LazyAdam
-from latentlab.inference.modes import TrainingMode
+from latentlab.inference.modes import TrainingMode, standing
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.sandbox import manual_seed, stream
 from latentlab.inference.training import kl_weight, step_of
@@ -123,10 +124,24 @@ class Engine:
         return None
 
     def _compare(self, trial: Compiled, batch: Batches, step: int) -> None:
-        from latentlab.inference.program import verify
+        """Compare the record with the pair, unless a journal knows how that ended."""
+        from latentlab.inference.program import UntraceableError, verify
 
-        data = [batch(step + k) for k in range(3)]
-        verify(self.pair, trial.steps.program, trial.slope, self.num_particles, data, step)
+        program, steps = trial.steps.program, range(step, step + 3)
+
+        def run() -> Part:
+            data = [batch(k) for k in steps]
+            try:
+                verify(self.pair, program, trial.slope, self.num_particles, data, step)
+            except UntraceableError as error:
+                return Part({}, {"why": str(error)})
+            return Part({}, {"why": None})
+
+        rows = [batch.rows(k) for k in steps]
+        what = (self.num_particles, step, program.code, rows, standing(self.pair))
+        why = self.pair.journal.remember(self.pair.journal.name("record", *what), run).facts["why"]
+        if why is not None:
+            raise UntraceableError(why)
 
     def still_holds(self, batch: Batches, mode: TrainingMode, step: int) -> bool:
         """Whether the record is what the pair does, where the climb ended; else it is dropped.
