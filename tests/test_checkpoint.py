@@ -21,7 +21,7 @@ from safetensors.torch import save as tensor_bytes
 from torch import nn
 
 import latentlab as ll
-from latentlab.inference import checkpoint
+from latentlab.inference import files
 from latentlab.inference.checkpoint import FILE, fingerprint, probe, write_atomically
 
 QUICK = {"num_restarts": 1, "max_steps": 420, "progress": False}
@@ -494,7 +494,7 @@ def rewritten(content, change_facts=None, change_tensors=None, sealed=False):
     (change_facts or len)(facts)
     (change_tensors or len)(tensors)
     text = json.dumps(facts)
-    digest = checkpoint._digest(text, tensors) if sealed else digest
+    digest = files.digest_of_all(text, tensors) if sealed else digest
     return tensor_bytes(tensors, metadata={"latentlab": f"{digest} {text}"})
 
 

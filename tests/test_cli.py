@@ -510,6 +510,16 @@ def test_a_wrong_option_is_named_in_one_line(words, needle, data, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_fit_with_a_checkpoint_goes_on_and_refuses_another(data, tmp_path):
+    fit = ("fit", "gmm", data, "--components", 2, *QUICK, "--out", tmp_path / "run")
+    kept = ("--checkpoint", tmp_path / "kept")
+    for _ in range(2):
+        assert run(*fit, *kept).code in (0, 1)
+    assert (tmp_path / "kept" / "manifest.json").exists()
+    refused(run(*fit, *kept, "--seed", 3), "--checkpoint: ", "begun with seed=0", "has seed=3")
+    refused(run(*fit, "--checkpoint", data), f"{data}: cannot be written")
+
+
 def test_what_is_not_there_is_named(data, folder, tmp_path):
     fit = ["--components", 2, "--out", tmp_path / "run"]
     refused(run("fit", "gmm", tmp_path / "no.csv", *fit), "no.csv", "no such file")

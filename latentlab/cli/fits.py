@@ -18,6 +18,7 @@ __all__ = ["fit_flow", "fit_gmm", "fit_hmm", "fit_vae"]
 _Restarts = Annotated[int | None, option("N", "Starts; by default 4.", least=1)]
 _Steps = Annotated[int, option("N", "Steps at the most.", least=1)]
 _Batch = Annotated[int | None, option("N", "Rows a step; by default all.", least=1)]
+_Checkpoint = Annotated[Path | None, option("DIR", "Folder to go on from after a kill.")]
 _Guide = Annotated[
     str,
     option("NAME", "auto, full_rank, flow, point, ..."),
@@ -35,18 +36,20 @@ def fit_gmm(
     num_restarts: _Restarts = None,
     max_steps: _Steps = 20_000,
     seed: Seed = 0,
+    checkpoint: _Checkpoint = None,
     as_json: Json = False,
 ) -> None:
     """Fit a mixture of Gaussians.
 
     Writes report.html, posterior.nc (ArviZ), summary.csv and model.safetensors to DIR. Empty cells
-    are missing and integrated out. Ctrl-C ends the climb; what it reached is judged and written.
+    are integrated out. Ctrl-C ends the climb early.
     """
     with bad_input(data):
         table = _table(data, columns)
         shape: Any = covariance  # the model says which there are
         model = ll.GaussianMixture(table.x.shape[1], components, covariance=shape)
-    settings = {"guide": guide, "num_restarts": num_restarts, "max_steps": max_steps, "seed": seed}
+    settings: dict[str, Any] = {"guide": guide, "num_restarts": num_restarts}
+    settings |= {"max_steps": max_steps, "seed": seed, "checkpoint": checkpoint}
     fit_and_write(model, table, out, settings, file=data, as_json=as_json)
 
 
@@ -66,6 +69,7 @@ def fit_hmm(
     num_restarts: _Restarts = None,
     max_steps: _Steps = 20_000,
     seed: Seed = 0,
+    checkpoint: _Checkpoint = None,
     as_json: Json = False,
 ) -> None:
     """Fit a hidden Markov model to one sequence, or to several with --id.
@@ -87,7 +91,8 @@ def fit_hmm(
         model = ll.HiddenMarkovModel(
             states, found.x.shape[-1], emissions=emission, num_categories=categories
         )
-    settings = {"guide": guide, "num_restarts": num_restarts, "max_steps": max_steps, "seed": seed}
+    settings: dict[str, Any] = {"guide": guide, "num_restarts": num_restarts}
+    settings |= {"max_steps": max_steps, "seed": seed, "checkpoint": checkpoint}
     fit_and_write(model, found, out, settings, file=data, as_json=as_json)
 
 
@@ -110,6 +115,7 @@ def fit_vae(
     batch_size: _Batch = None,
     max_steps: _Steps = 20_000,
     seed: Seed = 0,
+    checkpoint: _Checkpoint = None,
     as_json: Json = False,
 ) -> None:
     """Fit a variational autoencoder to a table, or to a folder of PNG images.
@@ -130,7 +136,8 @@ def fit_vae(
             num_features=shape,
             seed=seed,
         )
-    settings = {"batch_size": batch_size, "max_steps": max_steps, "seed": seed}
+    settings: dict[str, Any] = {"batch_size": batch_size, "max_steps": max_steps}
+    settings |= {"seed": seed, "checkpoint": checkpoint}
     fit_and_write(model, x, out, settings, file=data, as_json=as_json)
 
 
@@ -143,6 +150,7 @@ def fit_flow(
     batch_size: _Batch = None,
     max_steps: _Steps = 20_000,
     seed: Seed = 0,
+    checkpoint: _Checkpoint = None,
     as_json: Json = False,
 ) -> None:
     """Fit a flow to the density of a table.
@@ -152,7 +160,8 @@ def fit_flow(
     with bad_input(data):
         table = _table(data, columns)
         model = ll.FlowDensity(table.x.shape[1], kind, seed=seed)  # type: ignore[arg-type]
-    settings = {"batch_size": batch_size, "max_steps": max_steps, "seed": seed}
+    settings: dict[str, Any] = {"batch_size": batch_size, "max_steps": max_steps}
+    settings |= {"seed": seed, "checkpoint": checkpoint}
     fit_and_write(model, table, out, settings, file=data, as_json=as_json)
 
 

@@ -10,8 +10,11 @@ _WORDS = (
     (r"^num_components:", "--components:"),
     (r"^num_states:", "--states:"),
     (r"^latent_dim:", "--latent:"),
-    (r"^(covariance|guide|kind|batch_size|seed):", lambda found: _option(found[1]) + ":"),
-    (r"^(num_restarts|max_steps):", lambda found: _option(found[1]) + ":"),
+    (
+        r"^(covariance|guide|kind|batch_size|seed):",
+        lambda found: _option(found[1]) + ":",
+    ),
+    (r"^(num_restarts|max_steps|checkpoint):", lambda found: _option(found[1]) + ":"),
     (r"^emissions:", "--emission:"),
     (r"^kinds:", "--likelihood:"),
     (r"\bgive the model num_categories=", "give --categories "),

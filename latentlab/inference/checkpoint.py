@@ -8,19 +8,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
-import os
-import secrets
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyro.poutine as poutine
 import torch
-from safetensors.torch import load as tensors_from_bytes
-from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
 from latentlab.diagnostics import Estimate
@@ -28,6 +21,15 @@ from latentlab.guides import Amortised, Guide, Latent, guide_from_spec
 from latentlab.inference import objectives
 from latentlab.inference.arguments import tell_columns
 from latentlab.inference.batches import num_rows, parted
+from latentlab.inference.files import (
+    digest_of_all,
+    naming,
+    packed,
+    probe,
+    unpacked,
+    update,
+    write_atomically,
+)
 from latentlab.inference.held_out import HeldOut
 from latentlab.inference.modes import evaluation_mode
 from latentlab.inference.pair import Arguments, Pair, copy_pair, latent_of, modules_of
@@ -40,7 +42,16 @@ from latentlab.supports import support_from_spec, support_spec
 if TYPE_CHECKING:
     from latentlab.inference.posterior import Posterior
 
-__all__ = ["FILE", "digest_of", "fingerprint", "probe", "restore", "save", "write_atomically"]
+__all__ = [
+    "FILE",
+    "digest_of",
+    "fingerprint",
+    "numbers_of",
+    "probe",
+    "restore",
+    "save",
+    "write_atomically",
+]
 
 FILE = "model.safetensors"
 _SCHEMA = 2  # 2: intervals and simplices by the normal distribution function
@@ -61,14 +72,10 @@ def save(posterior: Posterior, path: str | Path) -> Path:
     """
     path = Path(path)
     file = path if path.suffix == ".safetensors" else path / FILE
-    with _named(file):
+    with naming(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {"losses": posterior.losses, **_numbers(posterior.pair)}
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    facts = json.dumps(_facts(posterior))
-    # One entry: several would be written in an order that changes from run to run.
-    metadata = {"latentlab": f"{_digest(facts, tensors)} {facts}"}
-    write_atomically(file, tensors_to_bytes(tensors, metadata=metadata))
+    tensors = {"losses": posterior.losses, **numbers_of(posterior.pair)}
+    write_atomically(file, packed(tensors, _facts(posterior)))
     return file
 
 
@@ -106,6 +113,7 @@ def restore(
     if data is not None:
         pair.data = _without_kept(as_fitted(data, pair), pair.data, facts)
     _fill(file, pair, facts, tensors)
+    held = facts.get("held_out")
     return Posterior(
         pair=pair,
         seed=facts["seed"],
@@ -125,7 +133,7 @@ def restore(
         recorded=facts["verdict"],
         has_data=has_data,
         reads_data=not has_data and _reads_data(pair),
-        held_out_rows=HeldOut.from_spec(facts.get("held_out")),
+        held_out_rows=held and HeldOut.from_spec(held),
     )
 
 
@@ -143,74 +151,13 @@ def fingerprint(data: Arguments) -> str:
     digest = hashlib.sha256()
     for key, value in [*enumerate(data.args), *sorted(data.kwargs.items())]:
         digest.update(str(key).encode())
-        _update(digest, value)
+        update(digest, value)
     return digest.hexdigest()
 
 
 def digest_of(pair: Pair) -> str:
     """A sha256 of the numbers of a pair and of its data."""
-    return _digest(fingerprint(pair.data), _numbers(pair))
-
-
-def probe(folder: str | Path) -> Path:
-    """Make a folder and write to it, before the work that is to be stored there.
-
-    Arguments:
-        folder: where results will go.
-
-    Returns:
-        The folder.
-
-    Raises:
-        OSError: if it cannot be written to; the message names it.
-    """
-    folder = Path(folder)
-    with _named(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder, buffering=0) as trial:
-            trial.write(b"probe")
-    return folder
-
-
-def write_atomically(file: Path, content: bytes) -> None:
-    """Write aside, flush to disk, put in place: there is the old file or the new one.
-
-    Arguments:
-        file: the file to write.
-        content: its bytes.
-
-    Raises:
-        OSError: if it cannot be written to; the message names it.
-    """
-    aside = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
-    with _named(file):
-        try:
-            with aside.open("wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            aside.replace(file)
-        finally:
-            with suppress(OSError):
-                aside.unlink()
-    with suppress(OSError):  # some systems cannot flush a folder
-        folder = os.open(file.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-@contextmanager
-def _named(place: Path) -> Iterator[None]:
-    """Say which place cannot be written to, and what to do."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise type(error)(
-            f"{place}: cannot be written ({reason}); choose a folder that you may write to"
-        ) from error
+    return digest_of_all(fingerprint(pair.data), numbers_of(pair))
 
 
 def _facts(posterior: Posterior) -> dict[str, Any]:
@@ -334,7 +281,7 @@ def _sites(facts: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _numbers(pair: Pair) -> dict[str, Tensor]:
+def numbers_of(pair: Pair) -> dict[str, Tensor]:
     """Parameters and buffers of a pair: of Pyro's store, and of the modules of both halves."""
     found = {f"store.{name}": value for name, value in pair.store["params"].items()}
     for place, module in _modules(pair).items():
@@ -431,17 +378,10 @@ def _read(path: str | Path) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; save a posterior there first")
-    content = file.read_bytes()
     try:
-        length = int.from_bytes(content[:8], "little")
-        metadata = json.loads(content[8 : 8 + length])["__metadata__"]
-        digest, facts_text = metadata["latentlab"].split(" ", 1)
-        tensors = tensors_from_bytes(content)
-    except Exception as error:
-        raise ValueError(f"{file}: is damaged, or not a file of latentlab") from error
-    if _digest(facts_text, tensors) != digest:
-        raise ValueError(f"{file}: is damaged (its sha256 does not match); use another copy")
-    facts = json.loads(facts_text)
+        tensors, facts = unpacked(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file}: is damaged{error}") from error
     if facts["schema"] > _SCHEMA:
         raise ValueError(
             f"{file}: was written by a newer latentlab (schema {facts['schema']}, this one reads "
@@ -453,25 +393,3 @@ def _read(path: str | Path) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
             f"{_SCHEMA}), whose guides mean other numbers; fit again, or load it with that version"
         )
     return file, facts, tensors
-
-
-def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        _update(digest, tensors[name])
-    return digest.hexdigest()
-
-
-def _update(digest: Any, value: Any) -> None:  # noqa: ANN401
-    """Add the shape, type and bytes of a tensor, or the text of another value."""
-    if isinstance(value, Tensor):
-        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        flat = value.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
-    elif isinstance(value, list | tuple):
-        digest.update(f"{type(value).__name__}{len(value)}".encode())
-        for item in value:
-            _update(digest, item)
-    else:
-        digest.update(repr(value).encode())

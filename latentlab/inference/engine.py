@@ -6,6 +6,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,9 +18,12 @@ from latentlab.inference.batches import num_rows, split
 from latentlab.inference.check import Fault, prepare
 from latentlab.inference.checkpoint import fingerprint
 from latentlab.inference.climbs import Climbs, few_threads, some_rows
-from latentlab.inference.held_out import as_share, measure
+from latentlab.inference.held_out import HeldOut, as_share, measure
+from latentlab.inference.journal import Journal, Part, opened
 from latentlab.inference.ladder import ladder_for
+from latentlab.inference.manifest import manifest
 from latentlab.inference.minibatches import aligned_batch_size
+from latentlab.inference.modes import standing
 from latentlab.inference.networks import is_judged_by_row
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.posterior import Posterior
@@ -53,6 +57,7 @@ def fit(
     objective: Objective = ELBO(),  # noqa: B008
     method: Literal["auto", "stages"] = "auto",
     progress: bool | None = None,
+    checkpoint: str | Path | None = None,
 ) -> Posterior:
     r"""Fit a guide to the posterior of a model by stochastic variational inference.
 
@@ -100,12 +105,17 @@ def fit(
         method: how it is climbed: ``"stages"`` (averaged stages of Adam), or ``"auto"`` for what
             suits the pair. ``posterior.method`` says which it was.
         progress: a progress bar; by default where stderr is a terminal.
+        checkpoint: a folder, made if missing, where what was done so far is kept: after a kill,
+            at any moment, the same call goes on from there, to the same bytes. Another model,
+            other data or another setting is refused.
 
     Returns:
         The posterior: frozen, with its own copy of the pair.
 
     Raises:
-        ValueError: for data, settings or a pair that cannot be fitted; each fault is named.
+        ValueError: for data, settings or a pair that cannot be fitted, and for a checkpoint of
+            another fit; each fault is named.
+        OSError: for a checkpoint that cannot be written to, or that another process uses.
         FitDivergedError: if the objective stays non-finite.
 
     References:
@@ -120,7 +130,8 @@ def fit(
         >>> posterior.sample(5)["locs"].shape
         torch.Size([5, 2, 2])
     """
-    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
+    modes = torch.inference_mode(False), torch.enable_grad()  # whatever the caller is in
+    with modes[0], modes[1], opened(checkpoint) as journal:
         return _fit(
             *(model, data, guide),
             Settings.checked(
@@ -129,6 +140,7 @@ def fit(
             ),
             held_out,
             progress,
+            journal,
         )
 
 
@@ -139,6 +151,7 @@ def _fit(
     settings: Settings,
     held_out: float | None,
     progress: bool | None,
+    journal: Journal,
 ) -> Posterior:
     begin, seed = time.perf_counter(), settings.seed
     fitted, held = _kept_aside(model, data, held_out, seed)
@@ -156,14 +169,17 @@ def _fit(
         warnings.warn(str(fault), stacklevel=3)
     batch_size = aligned_batch_size(pair, settings.batch_size)
     pair.bound = bound_of(pair, settings.objective)
+    if journal.folder is not None:
+        journal.begin(manifest(pair, held, (model, guide), settings, held_out))
+    pair.journal = journal
     enter = pair.entered(stream(seed, "fit"))
     with progress_bar(progress, settings.max_steps) as tick, enter, few_threads(pair, batch_size):
         climbs = Climbs(pair, settings, batch_size, tick, held)
         ladder = ladder_for(pair, guide, batch_size is not None)
         climb, restarts, rungs = ladder.ascend(pair, seed, climbs.first, climbs.further)
         elbo = _final_elbo(pair, seed)
-        manual_seed(stream(seed, "held out"))
-        compared = None if held is None else measure(pair, held, seed)
+        compared = None if held is None else _compared(pair, held, seed)
+    pair.journal = Journal()
     _log.info("fit ended: %s", climb.stop_reason)
     return Posterior(
         pair=pair,
@@ -214,7 +230,21 @@ def _refusal(faults: tuple[Fault, ...]) -> str:
     return "the pair cannot be fitted: " + "; ".join(fatal)
 
 
+def _compared(pair: Pair, held: Arguments, seed: int) -> HeldOut:
+    def run() -> Part:
+        manual_seed(stream(seed, "held out"))
+        return Part({}, {"rows": measure(pair, held, seed).spec()})
+
+    name = pair.journal.name("held out", standing(pair))
+    return HeldOut.from_spec(pair.journal.remember(name, run).facts["rows"])
+
+
 def _final_elbo(pair: Pair, seed: int) -> Estimate:
+    name = pair.journal.name("final elbo", standing(pair))
+    return pair.journal.estimate(name, lambda: _measured_elbo(pair, seed))
+
+
+def _measured_elbo(pair: Pair, seed: int) -> Estimate:
     manual_seed(stream(seed, "elbo"))
     if is_judged_by_row(pair):
         return elbo_of_rows(some_rows(pair, seed), num_rows(pair.data) or 1, DRAWS_OF_ROWS)

@@ -62,10 +62,8 @@ class HeldOut:
         return [*figures, self.spread]
 
     @classmethod
-    def from_spec(cls, spec: list[float] | None) -> HeldOut | None:
-        """What :meth:`spec` described; ``None`` of ``None``."""
-        if spec is None:
-            return None
+    def from_spec(cls, spec: list[float]) -> HeldOut:
+        """What :meth:`spec` described."""
         return cls(Estimate(*spec[:2]), Estimate(*spec[2:4]), spec[4])
 
     def as_text(self) -> Mapping[str, str]:

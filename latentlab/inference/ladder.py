@@ -32,6 +32,8 @@ from latentlab.guides import Flow, FullRank, Guide, LowRank, MeanField, Structur
 from latentlab.inference import objectives
 from latentlab.inference.check import bind
 from latentlab.inference.evidence import tail_khat
+from latentlab.inference.journal import Part
+from latentlab.inference.modes import standing
 from latentlab.inference.networks import NetworkClimb, has_networks
 from latentlab.inference.pair import Pair
 from latentlab.inference.restarts import Restarts
@@ -305,6 +307,17 @@ def _stop(climb: Climb | NetworkClimb) -> None:
 
 def _measure(pair: Pair, seed: int, level: int) -> tuple[Estimate, Estimate, Estimate]:
     """The ELBO, k-hat, and what a mean-field guide leaves to be gained, of the guide as it is."""
+
+    def run() -> Part:
+        return Part({}, {"figures": [[e.value, e.se] for e in _measured(pair, seed, level)]})
+
+    what = (type(pair.guide).__name__, seed, level)
+    name = pair.journal.name("rung", *what, standing(pair))
+    elbo, khat, to_gain = pair.journal.remember(name, run).facts["figures"]
+    return Estimate(*elbo), Estimate(*khat), Estimate(*to_gain)
+
+
+def _measured(pair: Pair, seed: int, level: int) -> tuple[Estimate, Estimate, Estimate]:
     size = sum(t.numel() for t in pair.data.tensors()) + _numbers(pair)
     num_draws = max(_FEW_DRAWS, min(_DRAWS, _ELEMENTS // size)) if pair.vectorised else _FEW_DRAWS
     manual_seed(stream(seed, "rung", level))

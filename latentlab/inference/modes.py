@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
+from latentlab.guides import Guide
 from latentlab.inference.copying import modules_of
 from latentlab.inference.pair import Pair
 
-__all__ = ["TrainingMode", "evaluation_mode"]
+__all__ = ["TrainingMode", "evaluation_mode", "standing"]
+
+_STILL = ("latentlab", "zuko")  # whose buffers no step moves
 
 
 def evaluation_mode(*functions: Callable) -> None:
@@ -37,6 +40,20 @@ def evaluation_mode(*functions: Callable) -> None:
             module.eval()
 
 
+def standing(pair: Pair, mode: TrainingMode | None = None) -> dict[str, Tensor]:
+    """Where a pair stands, by name: weights, what networks keep, the frame of a guide of ours.
+
+    Arguments:
+        pair: the pair.
+        mode: that of its steps, where it is at hand.
+    """
+    frame: dict[str, Tensor] = {}
+    if isinstance(pair.guide, Guide):
+        frame = {f"frame.{k}": v.detach() for k, v in pair.guide.named_buffers()}
+    mode = mode or TrainingMode(pair)
+    return mode.moving() | mode.others() | frame
+
+
 class TrainingMode:
     """A context in which the networks of a pair are in training mode; to be entered each step.
 
@@ -49,18 +66,24 @@ class TrainingMode:
         tops = [*modules_of(pair.model), *modules_of(pair.guide)]
         found = {id(part): part for top in tops for part in _learning(top)}
         self._modules = [*found.values()]
-        self._buffers: dict[str, Tensor] = {
-            f"buffer.{k}.{name}": buffer
-            for k, part in enumerate(self._modules)
-            if type(part).__module__.startswith("torch.")
-            for name, buffer in part.named_buffers(recurse=False)
-            if buffer.is_floating_point()
-        }
+        self._buffers: dict[str, Tensor] = {}
+        self._others: dict[str, Tensor] = {}
+        for k, part in enumerate(self._modules):
+            whose = type(part).__module__.partition(".")[0]
+            for name, buffer in part.named_buffers(recurse=False):
+                running = whose == "torch" and buffer.is_floating_point()
+                kept = self._buffers if running else self._others
+                if whose not in _STILL:
+                    kept[f"buffer.{k}.{name}"] = buffer
 
     def moving(self) -> dict[str, Tensor]:
         """What steps move, by name: weights, and running means that networks keep of batches."""
         weights = {name: value.detach() for name, value in self._pair.parameters().items()}
         return weights | self._buffers
+
+    def others(self) -> dict[str, Tensor]:
+        """What else steps may move, by name: counts of batches, buffers of a user's modules."""
+        return self._others
 
     def __enter__(self) -> None:
         for module in self._modules:  # past ``nn.Module.__setattr__``, which takes a microsecond

@@ -35,6 +35,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -46,8 +47,10 @@ from latentlab.inference import held_out as held_rows
 from latentlab.inference import objectives
 from latentlab.inference.batches import Batches, chosen, follows_rows, num_rows, take
 from latentlab.inference.bounds import draws_for, values_of
-from latentlab.inference.modes import TrainingMode
+from latentlab.inference.journal import Part
+from latentlab.inference.modes import TrainingMode, standing
 from latentlab.inference.pair import Arguments, Pair
+from latentlab.inference.replay import done, go_to
 from latentlab.inference.rows import fewer, looks_by_row, on_rows, over_rows, row_terms
 from latentlab.inference.sandbox import manual_seed, stream
 from latentlab.inference.stages import FitDivergedError, State, evaluate, first_bad_site
@@ -242,7 +245,34 @@ class NetworkClimb:
     def _stage(self, run: _Run, num_steps: int) -> State:
         """Steps at one rate, and the average of all that were taken at it."""
         self.stage_starts.append(self.num_steps)
-        good, failures, k = self.state(), 0, 0
+        first, journal, before = self.num_steps, self.pair.journal, run.name
+        where = (first, num_steps, run.rate, self.engine.used)
+        # What the moments and the average are is said by the name of the stage before.
+        stands = before or standing(self.pair, self._mode)
+        run.name = journal.name("stage", self.seed, *where, stands)
+        part = journal.find(run.name)
+        if part is not None:
+            self._redo(run, part)
+            return part.under("average")
+        if run.is_thin:
+            raise RuntimeError(f"checkpoint: {journal.folder} is not of this fit; choose another")
+        # Where the weights are at its end is asked for by the next stage at this rate alone,
+        # unless it is the first one, which may be gone back to.
+        prefix = "passing." if run.mean.count else ""
+        average = self._walk(run, num_steps)
+        kept = ({"after": before}, {"average": average}, prefix)
+        journal.keep(run.name, lambda: self._part(run, first, *kept))
+        return average
+
+    def _walk(self, run: _Run, num_steps: int) -> State:
+        """The steps of a stage, from where its last point is, if there is one."""
+        journal, first = self.pair.journal, self.num_steps
+        good, failures = self.state(), 0
+        point = journal.point(run.name)
+        if point is not None:
+            self._redo(run, point)
+            good, failures = point.under("good"), point.facts["failures"]
+        k = self.num_steps - first
         while k < num_steps:
             left = num_steps - k
             size = min(run.stepper.size, left % _AVERAGE_EVERY or left)
@@ -261,7 +291,31 @@ class NetworkClimb:
                     run.mean.add(self._parts(point))
             elif (num_steps - k) % _AVERAGE_EVERY == 0:
                 run.mean.add([*self._mode.moving().values()])
+            if (num_steps - k) % _AVERAGE_EVERY == 0:
+                journal.mark(run.name, partial(self._point, run, first, good, failures))
         return run.mean.state(self._mode.moving())
+
+    def _part(
+        self, run: _Run, first: int, facts: dict, groups: dict[str, State], prefix: str = ""
+    ) -> Part:
+        """What a stage did, or a part of it, since its first step."""
+        facts = facts | {"count": run.mean.count}
+        groups = groups | {"passing.moments": run.stepper.memory()}
+        return done(self.pair, self.losses[first:], facts, groups, prefix)
+
+    def _point(self, run: _Run, first: int, good: State, failures: int) -> Part:
+        average = run.mean.state(self._mode.moving()) if run.mean.count else {}
+        groups = {"good": good, "average": average}
+        return self._part(run, first, {"failures": failures}, groups)
+
+    def _redo(self, run: _Run, part: Part) -> None:
+        """Do what a stage did, without its steps."""
+        self._note([-loss for loss in go_to(self.pair, part)])
+        average, names = part.under("average"), self._mode.moving() if part.facts["count"] else ()
+        run.mean = _Mean([average[name].clone() for name in names], part.facts["count"])
+        moments = part.under("passing.moments")
+        run.stepper.recall(moments)
+        run.is_thin = not moments
 
     def _at(self, rate: float) -> _Run:
         parameters = [*self.pair.parameters().values()]
@@ -299,15 +353,22 @@ class NetworkClimb:
         """The objective at a state in nats per datum: of draws and rows (P, M), or of one (M,)."""
         now = self.state()
         self.restore(state)
-        if self._judge is None:
-            self._judge = _Judge.of(self.pair, self.held, self.seed)
-        manual_seed(stream(self.seed, "score"))
         # By the weight that the KL will have: scores of different weights do not compare.
-        score, elbo = self._judge(self.num_steps + self.max_steps)
+        step, journal = self.num_steps + self.max_steps, self.pair.journal
+        name = journal.name("score", self.seed, step, standing(self.pair, self._mode))
+        part = journal.remember(name, partial(self._judged, step))
+        score, elbo = part.tensors["score"], Estimate(*part.facts["elbo"])
         if not recorded:
             self.stage_elbos.append(elbo)
         self.restore(now)
         return score
+
+    def _judged(self, step: int) -> Part:
+        if self._judge is None:
+            self._judge = _Judge.of(self.pair, self.held, self.seed)
+        manual_seed(stream(self.seed, "score"))
+        score, elbo = self._judge(step)
+        return Part({"score": score}, {"elbo": [elbo.value, elbo.se]})
 
     def _gain(self, score: Tensor, best: Tensor) -> Estimate:
         """How much a score is above the best, in nats per datum."""
@@ -349,6 +410,8 @@ class _Run:
     rate: float
     stepper: Stepper
     mean: _Mean
+    name: str = ""  # of the last stage, in the journal
+    is_thin: bool = False  # whether that was read, with what is needed to go on left out
 
 
 @dataclass

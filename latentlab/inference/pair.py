@@ -20,6 +20,7 @@ from torch import Tensor
 
 from latentlab.guides import Guide, Latent
 from latentlab.inference.copying import copy_pair, modules_of
+from latentlab.inference.journal import Journal
 from latentlab.inference.sandbox import sandbox
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ class Pair:
         nesting: number of batch dimensions of the model.
         vectorised: whether many particles may go through the model at once.
         bound: what is climbed; ``None`` for the ELBO.
+        journal: where the parts of the fit are kept, while it runs.
     """
 
     model: Callable
@@ -130,6 +132,7 @@ class Pair:
     nesting: int = 0
     vectorised: bool = False
     bound: Bound | None = None
+    journal: Journal = field(default_factory=Journal, repr=False, compare=False)
 
     @contextmanager
     def entered(self, seed: int, validate: bool = False) -> Iterator[None]:

@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -35,9 +36,11 @@ from latentlab.diagnostics import Estimate
 from latentlab.guides import Draws, DrawsRows, Guide
 from latentlab.inference import objectives
 from latentlab.inference.bounds import draws_for, height_at
+from latentlab.inference.journal import Part
 from latentlab.inference.lazy_adam import LazyAdam
-from latentlab.inference.modes import TrainingMode
+from latentlab.inference.modes import TrainingMode, standing
 from latentlab.inference.pair import Arguments, Pair
+from latentlab.inference.replay import done, go_to
 from latentlab.inference.sandbox import manual_seed, stream
 from latentlab.inference.steps import Engine, Stepper
 from latentlab.inference.trail import Trail
@@ -148,7 +151,7 @@ class Climb:
 
     def _climb(self) -> None:
         draws = self._draw()
-        elbo = self.stage_elbos[-1] if self.stage_elbos else evaluate(self.pair, draws)
+        elbo = self.stage_elbos[-1] if self.stage_elbos else self._evaluate(draws)
         elbo = self._height(draws, elbo)
         best = _Reached(self.state(), draws, elbo)
         rate, idle, diverged = self.lr, 0, 0
@@ -176,7 +179,7 @@ class Climb:
             if fell:
                 self.restore(best.state)
                 if diverges:
-                    self.stage_elbos.append(evaluate(self.pair, best.draws))
+                    self.stage_elbos.append(self._evaluate(best.draws))
                 draws, elbo, rate = best.draws, best.elbo, rate / _FALL
                 continue
             if not new_elbo.value <= best.elbo.value:
@@ -225,10 +228,39 @@ class Climb:
         optimiser = self._adam(parameters, rate)
         ours = isinstance(self.pair.guide, Guide) and self.pair.latents
         trail = Trail(parameters, num_steps, self._networks(), _AT_REST * bool(ours))
-        good, failures, halved, stationary = self.state(), 0, 1.0, falling
-        fewest = self._stage_steps()[0]
         stepper = self._stepper(optimiser, trail.every)
-        k, checked = 0, 0
+        first, how, journal = self.num_steps, (num_steps, rate, falling), self.pair.journal
+        stands = standing(self.pair, self._mode)
+        name = journal.name("stage", self.seed, first, *how, self.engine.used, stands)
+        part = journal.find(name)
+        if part is None:
+            stationary = self._walk(name, optimiser, stepper, trail, *how)
+            facts = {"stationary": stationary}
+            journal.keep(name, lambda: done(self.pair, self.losses[first:], facts))
+            return stationary
+        self._redo(part)
+        return part.facts["stationary"]
+
+    def _walk(
+        self,
+        name: str,
+        optimiser: torch.optim.Optimizer,
+        stepper: Stepper,
+        trail: Trail,
+        num_steps: int,
+        rate: float,
+        falling: bool,
+    ) -> bool:
+        """The steps of a stage, from where its last point is, if there is one."""
+        journal, first, fewest = self.pair.journal, self.num_steps, self._stage_steps()[0]
+        halved, stationary, failures = 1.0, falling, 0
+        point = journal.point(name)
+        if point is not None:
+            self._redo(point)
+            stepper.recall(point.under("moments"))
+            trail.points, halved = [*point.tensors["trail.points"]], point.facts["halved"]
+        good, k = self.state(), self.num_steps - first
+        checked = k
         while k < num_steps:
             ahead = range(k, min(k + stepper.size, num_steps))
             decays = [0.02 ** (i / num_steps) if falling else 1.0 for i in ahead]
@@ -241,7 +273,7 @@ class Climb:
                 if failures > _FAILURES:
                     raise FitDivergedError(self.num_steps, *self._first_bad_site())
                 self.restore(good)
-                optimiser, halved = self._adam(parameters, rate), halved / 2
+                optimiser, halved = self._adam(trail.parameters, rate), halved / 2
                 stepper = self._stepper(optimiser, trail.every)
                 continue
             trail.follow(k, path)
@@ -250,8 +282,13 @@ class Climb:
                 if not falling and k >= fewest and trail.stationary(_often_moved(optimiser)):
                     stationary = True
                     break
+                journal.mark(name, partial(self._point, first, halved, stepper, trail))
         trail.go_to_average()
         return stationary
+
+    def _point(self, first: int, halved: float, stepper: Stepper, trail: Trail) -> Part:
+        way = {"moments": stepper.memory(), "trail": {"points": torch.stack(trail.points)}}
+        return done(self.pair, self.losses[first:], {"halved": halved}, way)
 
     def _adam(self, parameters: list[Tensor], rate: float) -> torch.optim.Optimizer:
         # Adam steps by the sign of a gradient even if that is nothing but rounding. In the frame
@@ -307,6 +344,10 @@ class Climb:
             self.tick(self.num_steps, -value)
         return len(elbos)
 
+    def _redo(self, part: Part) -> None:
+        """Do what a stage did, without its steps."""
+        self._note([-loss for loss in go_to(self.pair, part)])
+
     def _first_bad_site(self) -> tuple[str, float]:
         manual_seed(stream(self.seed, "step", self.num_steps, 3))
         with self._mode:
@@ -320,7 +361,7 @@ class Climb:
 
     def _record(self) -> tuple[Draws, Estimate]:
         draws = self._draw()
-        elbo = evaluate(self.pair, draws)
+        elbo = self._evaluate(draws)
         self.stage_elbos.append(elbo)
         return draws, elbo
 
@@ -328,7 +369,13 @@ class Climb:
         """What is climbed, at draws with this ELBO."""
         if self.pair.bound is None:
             return elbo
-        return height_at(self.pair, draws, particle_chunk(self.pair, len(draws)))
+        name = self.pair.journal.name("height", self.state(), draws.values)
+        chunk = particle_chunk(self.pair, len(draws))
+        return self.pair.journal.estimate(name, lambda: height_at(self.pair, draws, chunk))
+
+    def _evaluate(self, draws: Draws) -> Estimate:
+        name = self.pair.journal.name("elbo", self.state(), draws.values)
+        return self.pair.journal.estimate(name, lambda: evaluate(self.pair, draws))
 
     def _shift(self, before: State, old: Draws, new: Draws) -> float:
         """Root of the symmetrised KL per latent between this stage and the one before.

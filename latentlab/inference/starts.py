@@ -20,6 +20,8 @@ Reference:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,7 +30,9 @@ from torch import Tensor
 from latentlab.guides import Arrow, Guide, Structured
 from latentlab.inference import objectives
 from latentlab.inference.density import log_density
+from latentlab.inference.modes import standing
 from latentlab.inference.pair import Pair
+from latentlab.inference.replay import done, go_to
 from latentlab.inference.sandbox import manual_seed, stream
 from latentlab.inference.stages import evaluate, first_bad
 from latentlab.protocols import StartsFrom, owner_of
@@ -59,6 +63,20 @@ class Starts:
         Raises:
             ValueError: if there is none; the message names the site.
         """
+        self._remember("place", start, work=lambda: self._try(start))
+
+    def _remember(self, *what: object, work: Callable[[], None]) -> None:
+        """Move the pair, or put it where it was moved before the fit was resumed."""
+        journal = self.pair.journal
+        name = journal.name(*what, self.seed, standing(self.pair))
+        part = journal.find(name)
+        if part is not None:
+            go_to(self.pair, part)
+            return
+        work()
+        journal.keep(name, lambda: done(self.pair, [], {}))
+
+    def _try(self, start: int) -> None:
         for attempt in range(_ATTEMPTS):
             self._place(start, attempt)
             manual_seed(stream(self.seed, "start", start, attempt))
@@ -133,7 +151,9 @@ class Starts:
         """
         guide, seed = self.pair.guide, stream(self.seed, "mode")
         if isinstance(guide, Guide) and not self.pair.store["params"]:
-            self._go_to_mode(guide, center, self._prior(guide, seed)[2], seed)
+            unit = self._prior(guide, seed)[2]
+            work = partial(self._go_to_mode, guide, center, unit, seed)
+            self._remember("mode", center, unit, work=work)
 
     def _prior(self, guide: Guide, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Draws of the prior on the real line, their median and half their width, (L,) each."""

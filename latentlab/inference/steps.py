@@ -7,14 +7,16 @@ done torch takes the steps, and the posterior says why.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from latentlab.inference.modes import TrainingMode
+from latentlab.inference.journal import Part
+from latentlab.inference.lazy_adam import LazyAdam
+from latentlab.inference.modes import TrainingMode, standing
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.sandbox import manual_seed, stream
 from latentlab.inference.training import kl_weight, step_of
@@ -122,10 +124,24 @@ class Engine:
         return None
 
     def _compare(self, trial: Compiled, batch: Batches, step: int) -> None:
-        from latentlab.inference.program import verify
+        """Compare the record with the pair, unless a journal knows how that ended."""
+        from latentlab.inference.program import UntraceableError, verify
 
-        data = [batch(step + k) for k in range(3)]
-        verify(self.pair, trial.steps.program, trial.slope, self.num_particles, data, step)
+        program, steps = trial.steps.program, range(step, step + 3)
+
+        def run() -> Part:
+            data = [batch(k) for k in steps]
+            try:
+                verify(self.pair, program, trial.slope, self.num_particles, data, step)
+            except UntraceableError as error:
+                return Part({}, {"why": str(error)})
+            return Part({}, {"why": None})
+
+        rows = [batch.rows(k) for k in steps]
+        what = (self.num_particles, step, program.code, rows, standing(self.pair))
+        why = self.pair.journal.remember(self.pair.journal.name("record", *what), run).facts["why"]
+        if why is not None:
+            raise UntraceableError(why)
 
     def still_holds(self, batch: Batches, mode: TrainingMode, step: int) -> bool:
         """Whether the record is what the pair does, where the climb ended; else it is dropped.
@@ -172,6 +188,28 @@ class Eager:
                 self.pair, self.num_particles, self.batch(first), first, self.optimiser
             )
         return [value], torch.empty(0)
+
+    def memory(self) -> dict[str, Tensor]:
+        """What the optimiser remembers of the steps so far, by name."""
+        parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
+        found = {
+            f"{k}.{name}": torch.as_tensor(value).clone()
+            for k, parameter in enumerate(parameters)
+            for name, value in self.optimiser.state.get(parameter, {}).items()
+        }
+        if isinstance(self.optimiser, LazyAdam):
+            found["num_steps"] = torch.tensor(self.optimiser.num_steps)
+        return found
+
+    def recall(self, memory: Mapping[str, Tensor]) -> None:
+        """Go on from what :meth:`memory` gave."""
+        parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
+        for key, value in memory.items():
+            if key == "num_steps" and isinstance(self.optimiser, LazyAdam):
+                self.optimiser.num_steps = int(value)
+            else:
+                k, name = key.split(".")
+                self.optimiser.state[parameters[int(k)]][name] = value.clone()
 
 
 class Compiled:
@@ -239,6 +277,14 @@ class Compiled:
         noise = program.draw(generator, weights)
         every = self.every if len(rates) % self.every == 0 else len(rates)
         return self.steps.run(noise, rates, every, rows)
+
+    def memory(self) -> dict[str, Tensor]:
+        """What Adam remembers of the steps so far, by name."""
+        return self.steps.memory()
+
+    def recall(self, memory: Mapping[str, Tensor]) -> None:
+        """Go on from what :meth:`memory` gave."""
+        self.steps.recall(memory)
 
     def slope(self, noise: Sequence[Tensor], data: Arguments) -> tuple[float, list[Tensor]]:
         """The ELBO and the gradient of the loss for some noise and data, where the pair is now."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -157,6 +157,7 @@ class Steps:
             if self._held is None:
                 scales = [torch.tensor([*x], dtype=dtype) for x in (self.units, self.eps)]
                 self._held = _arrays(self.data), _arrays(self.program.constants), *_arrays(scales)
+            if self._moments is None:
                 self._moments = self._new_moments()
             frame = to_jax([x.clone() for x in self.state[len(learned) :]])
             carry = to_jax([p.detach().clone() for p in learned]), *self._moments
@@ -185,11 +186,32 @@ class Steps:
 
         tapes = [z.expand(num_steps, *z.shape).contiguous() for z in noise]
         chosen = None if rows is None else rows.expand(num_steps, -1).contiguous()
-        self._held = None
+        self._held = self._moments = None
         elbos, _ = self.run(tapes, [0.0] * num_steps, every, chosen)
         with jax.enable_x64(True):
             kept = 1 - _BETAS[0] ** num_steps
             return elbos[0], [_tensor(m) / kept for m in self._moments[0]]
+
+    def memory(self) -> dict[str, Tensor]:
+        """What Adam remembers of the steps so far, by name; nothing before the first."""
+        import jax
+
+        if self._moments is None:
+            return {}
+        with jax.enable_x64(True):
+            *both, count = self._moments
+            named = {f"{m}.{k}": a for m, part in enumerate(both) for k, a in enumerate(part)}
+            return {name: _tensor(a).clone() for name, a in {**named, "count": count}.items()}
+
+    def recall(self, memory: Mapping[str, Tensor]) -> None:
+        """Go on from what :meth:`memory` gave."""
+        import jax
+
+        if memory:
+            with jax.enable_x64(True):
+                places = range(self.program.num_learned)
+                both = ([memory[f"{m}.{k}"] for k in places] for m in range(2))
+                self._moments = *map(_arrays, both), *_arrays([memory["count"]])
 
     def _new_moments(self) -> tuple:
         # Made as the answers are, so that the second call finds the same program.
