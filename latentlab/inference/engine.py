@@ -17,6 +17,7 @@ from latentlab.inference.batches import num_rows, split
 from latentlab.inference.check import Fault, prepare
 from latentlab.inference.checkpoint import fingerprint
 from latentlab.inference.climbs import Climbs, few_threads, some_rows
+from latentlab.inference.devices import as_device
 from latentlab.inference.held_out import as_share, measure
 from latentlab.inference.ladder import ladder_for
 from latentlab.inference.minibatches import aligned_batch_size
@@ -53,6 +54,7 @@ def fit(
     objective: Objective = ELBO(),  # noqa: B008
     method: Literal["auto", "stages"] = "auto",
     progress: bool | None = None,
+    device: str | torch.device | None = None,
 ) -> Posterior:
     r"""Fit a guide to the posterior of a model by stochastic variational inference.
 
@@ -100,6 +102,9 @@ def fit(
         method: how it is climbed: ``"stages"`` (averaged stages of Adam), or ``"auto"`` for what
             suits the pair. ``posterior.method`` says which it was.
         progress: a progress bar; by default where stderr is a terminal.
+        device: where the fit runs and the posterior lives, such as ``"cuda"``; by default where
+            the data are. The model need not be written for it; what is shown, exported or saved
+            comes from there by itself.
 
     Returns:
         The posterior: frozen, with its own copy of the pair.
@@ -129,6 +134,7 @@ def fit(
             ),
             held_out,
             progress,
+            as_device(device),
         )
 
 
@@ -139,11 +145,12 @@ def _fit(
     settings: Settings,
     held_out: float | None,
     progress: bool | None,
+    device: torch.device | None,
 ) -> Posterior:
     begin, seed = time.perf_counter(), settings.seed
     fitted, held = _kept_aside(model, data, held_out, seed)
     try:
-        pair, report = prepare(model, fitted, guide, None if held is None else data)
+        pair, report = prepare(model, fitted, guide, None if held is None else data, device)
         if not report.ok:
             raise ValueError(_refusal(report.faults))
     except (TypeError, ValueError) as error:
@@ -154,6 +161,7 @@ def _fit(
         raise ValueError(text) from error
     for fault in report.faults:
         warnings.warn(str(fault), stacklevel=3)
+    held = None if held is None else held.map(lambda tensor: tensor.to(pair.device))
     batch_size = aligned_batch_size(pair, settings.batch_size)
     pair.bound = bound_of(pair, settings.objective)
     enter = pair.entered(stream(seed, "fit"))

@@ -279,8 +279,8 @@ class NetworkClimb:
         return len(elbos)
 
     def _parts(self, point: Tensor) -> list[Tensor]:
-        """The parameters at a place, in their shapes."""
-        like = [*self.pair.parameters().values()]
+        """What moves, at a place, in its shapes."""
+        like = [*self._mode.moving().values()]
         parts = point.split([p.numel() for p in like])
         return [part.view_as(p) for part, p in zip(parts, like, strict=True)]
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from latentlab.guides import Guide, Latent
 from latentlab.inference.copying import copy_pair, modules_of
+from latentlab.inference.devices import CPU
 from latentlab.inference.sandbox import sandbox
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ class Pair:
         nesting: number of batch dimensions of the model.
         vectorised: whether many particles may go through the model at once.
         bound: what is climbed; ``None`` for the ELBO.
+        device: where all of it is.
     """
 
     model: Callable
@@ -130,11 +132,13 @@ class Pair:
     nesting: int = 0
     vectorised: bool = False
     bound: Bound | None = None
+    device: torch.device = CPU
 
     @contextmanager
     def entered(self, seed: int, validate: bool = False) -> Iterator[None]:
-        """Run with this pair's parameters, dtype and a seed; leave no trace."""
-        with sandbox(self.store, seed=seed, dtype=self.dtype, validate=validate):
+        """Run with this pair's parameters, dtype, device and a seed; leave no trace."""
+        how = {"dtype": self.dtype, "validate": validate, "device": self.device}
+        with sandbox(self.store, seed=seed, **how):  # type: ignore[arg-type]
             yield
 
     def is_point(self) -> bool:

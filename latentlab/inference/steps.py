@@ -7,17 +7,18 @@ done torch takes the steps, and the posterior says why.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from latentlab.inference.devices import CPU
 from latentlab.inference.modes import TrainingMode
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.sandbox import manual_seed, stream
-from latentlab.inference.training import kl_weight, step_of
+from latentlab.inference.training import blind_step_of, kl_weight, step_of
 
 if TYPE_CHECKING:
     from latentlab.inference.batches import Batches
@@ -77,7 +78,7 @@ class Engine:
         """
         if type(optimiser) is not torch.optim.Adam:
             self.why = "each row has latents of its own, which only its batches move"
-            return Eager(self.pair, optimiser, self.num_particles, batch, seed, mode)
+            return Eager(self.pair, optimiser, self.num_particles, batch, seed, mode, every)
         if not self._known:
             self._known = True
             self.why = self._reason(optimiser, batch, mode, every, step) or ""
@@ -85,7 +86,7 @@ class Engine:
             if self.why and self.backend == "xla":
                 raise ValueError(f'backend: "xla" cannot run this pair: {self.why}')
         if self.program is None:
-            return Eager(self.pair, optimiser, self.num_particles, batch, seed, mode)
+            return Eager(self.pair, optimiser, self.num_particles, batch, seed, mode, every)
         return Compiled(self.pair, optimiser, self.program, batch, seed, every)
 
     def _reason(
@@ -107,8 +108,8 @@ class Engine:
             return f"a compilation is not worth {self.max_steps} steps"
         if len(mode.moving()) > len(self.pair.parameters()):
             return "it has batch normalisation, whose running means move"
-        if any(t.device.type != "cpu" for t in self.pair.data.tensors()):
-            return "its data are not on the CPU"
+        if self.pair.device != CPU:
+            return f"it is on {self.pair.device}, and XLA runs on the CPU here"
         from latentlab.inference.program import UntraceableError, record
 
         try:
@@ -151,7 +152,7 @@ class Engine:
 
 @dataclass
 class Eager:
-    """A step at a time, by torch."""
+    """By torch: on the CPU a step at a time, elsewhere many before one looks where they led."""
 
     pair: Pair
     optimiser: torch.optim.Optimizer
@@ -159,19 +160,34 @@ class Eager:
     batch: Batches
     seed: int
     mode: TrainingMode
-    size: int = 1
+    every: int
+
+    @property
+    def size(self) -> int:
+        """Steps of a call."""
+        if self.pair.device == CPU:
+            return 1
+        return self.every * math.ceil(_STEPS / self.every)
 
     def take(self, first: int, rates: Sequence[float], attempt: int) -> tuple[list[float], Tensor]:
         """See :meth:`Compiled.take`."""
-        (rate,) = rates
+        if self.pair.device == CPU:
+            (rate,) = rates
+            return [self._step(step_of, first, rate, attempt)], torch.empty(0)
+        every = self.every if len(rates) % self.every == 0 else len(rates)
+        elbos, path = [], []
+        for k, rate in enumerate(rates):
+            elbos.append(self._step(blind_step_of, first + k, rate, attempt))
+            if (k + 1) % every == 0:
+                path.append(torch.cat([p.flatten() for p in self.mode.moving().values()]))
+        return torch.stack(elbos).tolist(), torch.stack(path)
+
+    def _step(self, take: Callable, step: int, rate: float, attempt: int) -> Any:  # noqa: ANN401
         for group in self.optimiser.param_groups:
             group["lr"] = rate * group.get("unit", 1.0)
-        manual_seed(stream(self.seed, "step", first, attempt))
+        manual_seed(stream(self.seed, "step", step, attempt))
         with self.mode:
-            value = step_of(
-                self.pair, self.num_particles, self.batch(first), first, self.optimiser
-            )
-        return [value], torch.empty(0)
+            return take(self.pair, self.num_particles, self.batch(step), step, self.optimiser)
 
 
 class Compiled:
