@@ -25,9 +25,11 @@ from latentlab.inference.networks import is_judged_by_row
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.posterior import Posterior
 from latentlab.inference.progress import progress_bar
+from latentlab.inference.ranks import ALONE, Ranks, joined
 from latentlab.inference.rows import DRAWS_OF_ROWS, elbo_of_rows
 from latentlab.inference.sandbox import manual_seed, stream
 from latentlab.inference.settings import Settings, bound_of
+from latentlab.inference.shards import share_out
 from latentlab.inference.stages import FitDivergedError, particle_chunk
 from latentlab.objectives import ELBO, Objective
 from latentlab.protocols import HoldsOut, owner_of
@@ -64,6 +66,9 @@ def fit(
     (see :mod:`latentlab.inference.networks`). A model without latents is fitted by maximum
     likelihood and needs no guide.
 
+    Started several times, as by ``torchrun``, it is one fit: each process takes a part of the
+    rows, and all return the same posterior.
+
     The arguments are not changed, nor is any state of Pyro or torch.
 
     Arguments:
@@ -79,7 +84,8 @@ def fit(
             ``"structured"`` (all correlations of global latents; those of a row given them: many
             rows), ``"amortised"`` (a network computes the latents of a row from it: new rows and
             mini-batches), ``"flow"`` (a bent normal: tails and curves that no normal has).
-        batch_size: rows per step; ``None`` takes all. The model must accept ``size``.
+        batch_size: rows per step, those of all processes; ``None`` takes all. The model must
+            accept ``size``.
         num_restarts: starts; by default 4 for guides of ours, 1 for others and for large ones.
         num_particles: draws per step; by default 8 where they are cheap, else 1. For an
             objective of several draws, so many times those; by default once.
@@ -125,17 +131,15 @@ def fit(
         >>> posterior.sample(5)["locs"].shape
         torch.Size([5, 2, 2])
     """
-    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
-        return _fit(
-            *(model, data, guide),
-            Settings.checked(
-                *(batch_size, num_restarts, num_particles, max_steps, lr, tol, seed, backend),
-                *(objective, method),
-            ),
-            held_out,
-            progress,
-            as_device(device),
-        )
+    settings = Settings.checked(
+        *(batch_size, num_restarts, num_particles, max_steps, lr, tol, seed, backend),
+        *(objective, method),
+    )
+    where = as_device(device)
+    # Whatever the caller is in:
+    with torch.inference_mode(False), torch.enable_grad(), joined(where) as ranks:
+        progress = progress if ranks.rank == 0 else False
+        return _fit(model, data, guide, settings, held_out, progress, where, ranks)
 
 
 def _fit(
@@ -146,6 +150,7 @@ def _fit(
     held_out: float | None,
     progress: bool | None,
     device: torch.device | None,
+    ranks: Ranks,
 ) -> Posterior:
     begin, seed = time.perf_counter(), settings.seed
     fitted, held = _kept_aside(model, data, held_out, seed)
@@ -159,11 +164,12 @@ def _fit(
         prepare(model, data, guide)  # rows are counted as they were given
         text = f"of the rows that held_out= leaves to fit, {error}; or fit all, held_out=0"
         raise ValueError(text) from error
-    for fault in report.faults:
+    for fault in report.faults if ranks.rank == 0 else ():
         warnings.warn(str(fault), stacklevel=3)
     held = None if held is None else held.map(lambda tensor: tensor.to(pair.device))
     batch_size = aligned_batch_size(pair, settings.batch_size)
     pair.bound = bound_of(pair, settings.objective)
+    share_out(pair, ranks, settings.batch_size)
     enter = pair.entered(stream(seed, "fit"))
     with progress_bar(progress, settings.max_steps) as tick, enter, few_threads(pair, batch_size):
         climbs = Climbs(pair, settings, batch_size, tick, held)
@@ -172,7 +178,9 @@ def _fit(
         elbo = _final_elbo(pair, seed)
         manual_seed(stream(seed, "held out"))
         compared = None if held is None else measure(pair, held, seed)
-    _log.info("fit ended: %s", climb.stop_reason)
+    pair.ranks = ALONE  # what is asked of a posterior is asked of each by itself
+    if ranks.rank == 0:
+        _log.info("fit ended: %s", climb.stop_reason)
     return Posterior(
         pair=pair,
         seed=seed,
@@ -185,7 +193,7 @@ def _fit(
         method=climb.method,
         backend=str(climb.engine),
         restarts=restarts,
-        notes=(*map(str, report.faults), *report.notes, *_other_than_the_elbo(pair)),
+        notes=(*map(str, report.faults), *report.notes, *_other_notes(pair, ranks)),
         seconds=time.perf_counter() - begin,
         fitted_to=fingerprint(pair.data),
         held_out_rows=compared,
@@ -211,10 +219,11 @@ def _kept_aside(
     return split(as_arguments(data, model), share, seed) if share else (data, None)
 
 
-def _other_than_the_elbo(pair: Pair) -> Iterator[str]:
+def _other_notes(pair: Pair, ranks: Ranks) -> Iterator[str]:
     if pair.bound is not None:
         whose = "each row" if pair.bound.plate else "all data in one"
         yield f"climbed {pair.bound.objective}, with the weights of {whose}; the ELBO is reported"
+    yield from ranks.notes()
 
 
 def _refusal(faults: tuple[Fault, ...]) -> str:

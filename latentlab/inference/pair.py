@@ -21,6 +21,7 @@ from torch import Tensor
 from latentlab.guides import Guide, Latent
 from latentlab.inference.copying import copy_pair, modules_of
 from latentlab.inference.devices import CPU
+from latentlab.inference.ranks import ALONE, Ranks
 from latentlab.inference.sandbox import sandbox
 
 if TYPE_CHECKING:
@@ -65,6 +66,11 @@ class Arguments:
     def call(self, function: Callable) -> Any:  # noqa: ANN401
         """Call a model or guide with the data."""
         return function(*self.args, **self.kwargs)
+
+    @property
+    def stands_for(self) -> int | None:
+        """How many rows those of a mini-batch stand for."""
+        return self.kwargs.get("size")
 
     def tensors(self) -> list[Tensor]:
         """The tensors among the data, in order, those in lists and tuples included."""
@@ -115,6 +121,7 @@ class Pair:
         vectorised: whether many particles may go through the model at once.
         bound: what is climbed; ``None`` for the ELBO.
         device: where all of it is.
+        ranks: the processes that fit it together.
     """
 
     model: Callable
@@ -133,6 +140,7 @@ class Pair:
     vectorised: bool = False
     bound: Bound | None = None
     device: torch.device = CPU
+    ranks: Ranks = ALONE
 
     @contextmanager
     def entered(self, seed: int, validate: bool = False) -> Iterator[None]:

@@ -90,7 +90,7 @@ def _parameters(store: StateDict) -> Iterator[None]:
             vars(parameter)["unconstrained"] = way_back
 
 
-def stream(seed: int, *labels: object) -> int:
+def stream(seed: int | str, *labels: object) -> int:
     """A seed that depends on (seed, labels) alone, so that every part of a fit has its own noise.
 
     Arguments:

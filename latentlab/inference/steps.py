@@ -102,6 +102,8 @@ class Engine:
 
         if self.backend == "eager":
             return "asked for"
+        if self.pair.ranks:
+            return f"{self.pair.ranks.size} processes take each step together"
         if not has_jax():
             return "JAX is not installed: pip install 'latentlab[xla]'"
         if self.backend == "auto" and self.max_steps < _FEWEST_STEPS:
@@ -165,13 +167,13 @@ class Eager:
     @property
     def size(self) -> int:
         """Steps of a call."""
-        if self.pair.device == CPU:
+        if self.pair.device == CPU:  # where a look costs nothing
             return 1
         return self.every * math.ceil(_STEPS / self.every)
 
     def take(self, first: int, rates: Sequence[float], attempt: int) -> tuple[list[float], Tensor]:
         """See :meth:`Compiled.take`."""
-        if self.pair.device == CPU:
+        if self.pair.device == CPU and not self.pair.ranks:
             (rate,) = rates
             return [self._step(step_of, first, rate, attempt)], torch.empty(0)
         every = self.every if len(rates) % self.every == 0 else len(rates)
@@ -180,12 +182,12 @@ class Eager:
             elbos.append(self._step(blind_step_of, first + k, rate, attempt))
             if (k + 1) % every == 0:
                 path.append(torch.cat([p.flatten() for p in self.mode.moving().values()]))
-        return torch.stack(elbos).tolist(), torch.stack(path)
+        return torch.stack(elbos).tolist(), torch.stack(path) if path else torch.empty(0)
 
     def _step(self, take: Callable, step: int, rate: float, attempt: int) -> Any:  # noqa: ANN401
         for group in self.optimiser.param_groups:
             group["lr"] = rate * group.get("unit", 1.0)
-        manual_seed(stream(self.seed, "step", step, attempt))
+        manual_seed(stream(self.pair.ranks.seed(self.seed), "step", step, attempt))
         with self.mode:
             return take(self.pair, self.num_particles, self.batch(step), step, self.optimiser)
 

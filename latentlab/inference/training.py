@@ -88,6 +88,8 @@ def blind_step_of(
 ) -> Tensor:
     """Take a step without a look at its numbers, for which a GPU would have to be waited for.
 
+    Several processes take the mean of their steps: where one of them fails, all do.
+
     Arguments:
         pair: as for :func:`step_of`.
         num_particles: as for :func:`step_of`.
@@ -104,12 +106,29 @@ def blind_step_of(
         loss, elbo = objective(pair, num_particles, data, step)
         loss.backward()
     except SINGULAR:
-        return torch.full((), math.nan)
+        loss = elbo = torch.full((), math.nan)
     parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    if pair.ranks:
+        loss, elbo = _shared(pair, parameters, loss.detach(), elbo)
     slopes = [p.grad.sum() for p in parameters if p.grad is not None]
     is_sound = torch.stack([loss.detach(), *slopes]).isfinite().all()
     optimiser.step()
     return torch.where(is_sound | ~elbo.isfinite(), elbo, math.nan)
+
+
+def _shared(
+    pair: Pair, parameters: list[Tensor], loss: Tensor, elbo: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The loss and the ELBO of all processes; the gradients become those of all, in place."""
+    own = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    dtype = torch.float64 if any(g.dtype == torch.float64 for g in own) else pair.dtype
+    flat = torch.cat([x.detach().flatten().to(dtype) for x in (*own, loss, elbo)])
+    flat = pair.ranks.mean(flat)
+    sizes = [g.numel() for g in own]
+    *parts, loss, elbo = flat.split([*sizes, 1, 1])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = part.view_as(parameter).to(parameter.dtype)
+    return loss[0], elbo[0]
 
 
 class Objective(NamedTuple):
