@@ -7,6 +7,7 @@ runs, torch's default device is that of the pair, so that the model need not be 
 from __future__ import annotations
 
 import copy
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,7 +53,7 @@ def as_device(device: Any) -> torch.device | None:  # noqa: ANN401
     if device is None:
         return None
     try:
-        probe = torch.zeros(1, device=device)
+        probe = torch.zeros(1, device=_of_this_process(torch.device(device)))
         if probe.device.type in _KINDS and not probe.to(CPU).any():
             return probe.device  # "cuda" and "cuda:0" are one device, and compare so
     except (RuntimeError, TypeError, AssertionError, NotImplementedError):
@@ -62,6 +63,13 @@ def as_device(device: Any) -> torch.device | None:  # noqa: ANN401
         f"device: expected one that is here ({', '.join(here)}), got {str(device)!r}; leave it "
         "out to stay where the data are"
     )
+
+
+def _of_this_process(device: torch.device) -> torch.device:
+    """Of the GPUs of a machine the one that ``torchrun`` has in mind."""
+    if device.type != "cuda" or device.index is not None or "LOCAL_RANK" not in os.environ:
+        return device
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % max(1, torch.cuda.device_count()))
 
 
 @contextmanager

@@ -29,7 +29,7 @@ __all__ = ["Backend", "Engine", "Eager", "Compiled", "Stepper"]
 Backend = Literal["auto", "eager", "xla"]
 
 _STEPS = 100  # of a call, after which the place is looked at
-_NUMBERS = 2**23  # of noise in a call
+_NUMBERS = 2**23  # of noise, or of places, in a call
 _FEWEST_STEPS = 2000  # for which a compilation is worth its seconds
 
 
@@ -152,42 +152,53 @@ class Engine:
         return True
 
 
-@dataclass
 class Eager:
-    """By torch: on the CPU a step at a time, elsewhere many before one looks where they led."""
+    """By torch: on the CPU a step at a time, elsewhere many before one looks where they led.
 
-    pair: Pair
-    optimiser: torch.optim.Optimizer
-    num_particles: int
-    batch: Batches
-    seed: int
-    mode: TrainingMode
-    every: int
+    Arguments:
+        pair: the pair, whose parameters are moved.
+        optimiser: what moves them.
+        num_particles: draws per step P.
+        batch: the data of each step.
+        seed: all noise comes from (seed, step).
+        mode: in which the networks of the pair take a step.
+        every: steps between two places that are remembered.
+    """
 
-    @property
-    def size(self) -> int:
-        """Steps of a call."""
-        if self.pair.device == CPU:  # where a look costs nothing
-            return 1
-        return self.every * math.ceil(_STEPS / self.every)
+    def __init__(
+        self,
+        pair: Pair,
+        optimiser: torch.optim.Optimizer,
+        num_particles: int,
+        batch: Batches,
+        seed: int,
+        mode: TrainingMode,
+        every: int,
+    ) -> None:
+        self.pair, self.optimiser, self.num_particles = pair, optimiser, num_particles
+        self.batch, self.seed, self.mode, self.every = batch, pair.ranks.seed(seed), mode, every
+        size = sum(value.numel() for value in mode.moving().values())
+        places = max(1, min(math.ceil(_STEPS / every), _NUMBERS // max(size, 1)))
+        self.size = 1 if pair.device == CPU else every * places
 
     def take(self, first: int, rates: Sequence[float], attempt: int) -> tuple[list[float], Tensor]:
         """See :meth:`Compiled.take`."""
-        if self.pair.device == CPU and not self.pair.ranks:
+        if self.size == 1:
             (rate,) = rates
-            return [self._step(step_of, first, rate, attempt)], torch.empty(0)
+            step_here = blind_step_of if self.pair.ranks else step_of
+            return [float(self._step(step_here, first, rate, attempt))], torch.empty(0)
         every = self.every if len(rates) % self.every == 0 else len(rates)
         elbos, path = [], []
         for k, rate in enumerate(rates):
             elbos.append(self._step(blind_step_of, first + k, rate, attempt))
             if (k + 1) % every == 0:
                 path.append(torch.cat([p.flatten() for p in self.mode.moving().values()]))
-        return torch.stack(elbos).tolist(), torch.stack(path) if path else torch.empty(0)
+        return torch.stack(elbos).tolist(), torch.stack(path)
 
     def _step(self, take: Callable, step: int, rate: float, attempt: int) -> Any:  # noqa: ANN401
         for group in self.optimiser.param_groups:
             group["lr"] = rate * group.get("unit", 1.0)
-        manual_seed(stream(self.pair.ranks.seed(self.seed), "step", step, attempt))
+        manual_seed(stream(self.seed, "step", step, attempt))
         with self.mode:
             return take(self.pair, self.num_particles, self.batch(step), step, self.optimiser)
 
