@@ -49,6 +49,7 @@ def given(page):
     names = {
         "two_ideas.md": {"x": x, "held_out": x[:5], "my_guide": mean_guide},
         "guides.md": {"x": x, "model": mean_model},
+        "several_machines.md": {"x": x},
         "choose_a_model.md": {
             "first": counts[:20],
             "second": counts[20:],

@@ -218,7 +218,8 @@ class Guide(nn.Module, ABC):
         if self._batch is None or len(self._batch.inner) != len(data.rows):
             device = self.loc.device
             self._batch = lay_out(self.latents, self.local_plate, len(data.rows), device)
-        return part_of(self._whole, self._batch, data.rows.to(self.loc.device), self.loc)
+        rows = data.rows.to(self.loc.device)
+        return part_of(self._whole, self._batch, rows, self.loc, data.stands_for)
 
     def unpack(
         self, u: Tensor, layout: Layout | None = None

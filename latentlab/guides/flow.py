@@ -127,7 +127,8 @@ class Flow(Guide):
         """Draws of u (S, L), always the same ones."""
         shape = (_MOMENT_DRAWS, self.num_latents)
         generator = torch.Generator().manual_seed(0)
-        eps = torch.randn(shape, generator=generator, dtype=self.loc.dtype).to(self.loc)
+        dtype = self.loc.dtype
+        eps = torch.randn(shape, generator=generator, dtype=dtype, device="cpu").to(self.loc)
         return _Whole(self).push(eps)[0]
 
     def _log_stretch(self) -> Tensor:

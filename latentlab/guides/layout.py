@@ -32,6 +32,10 @@ class Data(Protocol):
     def rows(self) -> Tensor | None:
         """Which rows of all data they are, shape (B,); ``None`` for all of them."""
 
+    @property
+    def stands_for(self) -> int | None:
+        """How many rows those of a mini-batch stand for."""
+
     def tensors(self) -> list[Tensor]:
         """The tensors among them, their first axis over the rows."""
 
@@ -42,6 +46,7 @@ class Given:
 
     arguments: tuple
     rows: Tensor | None = None
+    stands_for: int | None = None
 
     def tensors(self) -> list[Tensor]:
         """The tensors among the arguments."""
@@ -99,9 +104,9 @@ class Part(NamedTuple):
 
     layout: Layout
     rows: Tensor  # (B,)
-    scale: float  # N / B
+    scale: float  # N / B; of one of W processes that has M rows, W M / B
     places: Tensor  # (L of the part,)
-    weight: Tensor  # 1 for a global number, N / B for one of a row
+    weight: Tensor  # 1 for a global number, the scale for one of a row
 
     def volume(self, log_det: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The log |dz/du| of each site, as much as it stands for."""
@@ -154,7 +159,9 @@ def lay_out(
     return Layout(tuple(sites), start, first, rows, order)
 
 
-def part_of(whole: Layout, part: Layout, rows: Tensor, like: Tensor) -> Part:
+def part_of(
+    whole: Layout, part: Layout, rows: Tensor, like: Tensor, stands_for: int | None = None
+) -> Part:
     """Some rows of a layout.
 
     Arguments:
@@ -162,8 +169,9 @@ def part_of(whole: Layout, part: Layout, rows: Tensor, like: Tensor) -> Part:
         part: of B rows.
         rows: which they are, shape (B,).
         like: a tensor of the dtype of the weights.
+        stands_for: how many rows they stand for; by default all of them.
     """
-    scale = len(whole.inner) / len(rows)
+    scale = (stands_for or len(whole.inner)) / len(rows)
     places = torch.cat([whole.outer, whole.inner[rows].flatten()])[part.order]
     weight = torch.cat(
         [like.new_ones(len(part.outer)), like.new_full((part.inner.numel(),), scale)]

@@ -109,8 +109,8 @@ class LowRank(Guide):
         """See :meth:`Guide.start`; the directions begin short, not zero."""
         generator = torch.Generator().manual_seed(0)
         shape = tuple(self.factor.shape)
-        nudge = _NUDGE * torch.randn(shape, generator=generator, dtype=torch.float64)
-        nudge = nudge.to(self.loc) / max(math.sqrt(shape[1]), 1.0)
+        eps = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+        nudge = _NUDGE * eps.to(self.loc) / max(math.sqrt(shape[1]), 1.0)
         # Standard deviations as they are told, the directions among them.
         self._place(center, unit / (1 + nudge.square().sum(-1)).sqrt(), nudge)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from latentlab.guides import Guide
 from latentlab.inference import predictive
+from latentlab.inference.devices import CPU
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.sandbox import stream
 
@@ -33,9 +34,9 @@ def take(data: Arguments, rows: Tensor) -> Arguments:
 def chosen(count: int, total: int, seed: int) -> Tensor:
     """``count`` of so many rows, in their order, by a seed; all of them where there are fewer."""
     if count >= total:
-        return torch.arange(total)
+        return torch.arange(total, device=CPU)
     generator = torch.Generator().manual_seed(stream(seed, "rows"))
-    return torch.randperm(total, generator=generator)[:count].sort().values
+    return torch.randperm(total, generator=generator, device=CPU)[:count].sort().values
 
 
 class BatchRows:
@@ -45,6 +46,7 @@ class BatchRows:
         total: number of rows N.
         size: number of rows B of a batch.
         seed: the rows of a step depend on (seed, step) alone.
+        device: of the rows, those of the data, so that a batch is taken there.
 
     Example:
         >>> rows = BatchRows(total=10, size=5, seed=0)
@@ -52,8 +54,10 @@ class BatchRows:
         [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
     """
 
-    def __init__(self, total: int, size: int, seed: int) -> None:
-        self.total, self.size, self.seed = total, size, seed
+    def __init__(
+        self, total: int, size: int, seed: int, device: torch.device | None = None
+    ) -> None:
+        self.total, self.size, self.seed, self.device = total, size, seed, device
         self._order: tuple[int, Tensor] | None = None
 
     def __call__(self, step: int) -> Tensor:
@@ -65,7 +69,8 @@ class BatchRows:
         epoch, place = divmod(step, self.total // self.size)
         if self._order is None or self._order[0] != epoch:  # an order costs more than a step
             generator = torch.Generator().manual_seed(stream(self.seed, "epoch", epoch))
-            self._order = epoch, torch.randperm(self.total, generator=generator)
+            order = torch.randperm(self.total, generator=generator, device=CPU)
+            self._order = epoch, order.to(self.device or CPU)
         return self._order[1][place * self.size : (place + 1) * self.size]
 
 
@@ -80,7 +85,10 @@ class Batches:
 
     def __init__(self, data: Arguments, size: int | None = None, seed: int = 0) -> None:
         self.data = data
-        self._rows = None if size is None else BatchRows(len(data.tensors()[0]), size, seed)
+        self._rows: BatchRows | None = None
+        if size is not None:
+            first = data.tensors()[0]
+            self._rows = BatchRows(len(first), size, seed, first.device)
 
     def rows(self, step: int) -> Tensor | None:
         """The rows (B,) of a step; ``None`` for all.
@@ -136,7 +144,8 @@ def parted(data: Arguments, count: int, seed: int) -> tuple[Arguments, Arguments
     """
     total = num_rows(data) or 0
     kept = chosen(count, total, stream(seed, "held out"))
-    others = torch.ones(total, dtype=torch.bool).index_fill(0, kept, False).nonzero()[:, 0]
+    all_rows = torch.ones(total, dtype=torch.bool, device=CPU)
+    others = all_rows.index_fill(0, kept, False).nonzero()[:, 0]
     return take(data, others), take(data, kept)
 
 

@@ -36,6 +36,7 @@ from latentlab.inference import objectives
 from latentlab.inference.arguments import as_arguments, tell_columns, with_names
 from latentlab.inference.batches import chosen, follows_rows, num_rows, take
 from latentlab.inference.copying import copy_pair
+from latentlab.inference.devices import CPU
 from latentlab.inference.faults import Fault
 from latentlab.inference.modes import evaluation_mode
 from latentlab.inference.pair import (
@@ -127,6 +128,7 @@ def prepare(
     data: Any = None,  # noqa: ANN401
     guide: Any = "auto",  # noqa: ANN401
     whole: Any = None,  # noqa: ANN401
+    device: torch.device | None = None,
 ) -> tuple[Pair, PairReport]:
     """The fit's own copy of the pair, run, and what was found on the way.
 
@@ -136,6 +138,7 @@ def prepare(
         guide: as for :func:`check_pair`.
         whole: the data as they were given, where ``data`` are a part of them: what is told of
             rows is told of these.
+        device: where the pair is to be; by default where the data are, else on the CPU.
 
     Returns:
         The pair, ready for :mod:`latentlab.inference.objectives` where the report is ok.
@@ -144,6 +147,11 @@ def prepare(
     model, guide_function = copy_pair(model, _named_guide(guide))
     evaluation_mode(model, guide_function)
     arguments = as_arguments(data, model)
+    device = device or next((tensor.device for tensor in arguments.tensors()), CPU)
+    if device != CPU:
+        model, guide_function = copy_pair(model, guide_function, device=device)
+        arguments = arguments.map(lambda tensor: tensor.to(device))
+        whole = None if whole is None else as_arguments(whole, model).map(lambda t: t.to(device))
     _expect_arguments(model, arguments)
     owner = owner_of(model)
     tell_columns(model, arguments.names)
@@ -154,7 +162,7 @@ def prepare(
         _scale(owner, arguments, None if whole is None else as_arguments(whole, model))
     floating = [t.dtype for t in arguments.tensors() if t.is_floating_point()]
     dtype = floating[0] if floating else torch.get_default_dtype()
-    pair = Pair(model, guide_function, arguments, dtype)
+    pair = Pair(model, guide_function, arguments, dtype, device=device)
     wants_guide = isinstance(guide, str) and guide == "auto"
     found = _look_at_few(pair, wants_guide)
     if found is None:
@@ -412,14 +420,13 @@ def bind(pair: Pair, guide: Guide) -> None:
         pair: a pair whose model was looked at.
         guide: the guide.
     """
-    device = next((t.device for t in pair.data.tensors()), None)
     if isinstance(guide, Amortised) and pair.data.tensors():
         guide.look_at(pair.data)
     guide.bind(
         pair.latents,
         max_plate_nesting=pair.nesting,
         dtype=pair.dtype,
-        device=device,
+        device=pair.device,
         local_plate=pair.local_plate(),
     )
     pair.noisy = not isinstance(guide, Point)

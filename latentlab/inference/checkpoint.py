@@ -35,6 +35,7 @@ from latentlab.inference.modes import evaluation_mode
 from latentlab.inference.pair import Arguments, Pair, copy_pair, latent_of, modules_of
 from latentlab.inference.placeholders import described, placeholder
 from latentlab.inference.predictive import as_fitted
+from latentlab.inference.ranks import is_first
 from latentlab.inference.restarts import Restarts
 from latentlab.protocols import OffersGuide, Rebuildable, owner_of
 from latentlab.supports import support_from_spec, support_spec
@@ -72,6 +73,8 @@ def save(posterior: Posterior, path: str | Path) -> Path:
     """
     path = Path(path)
     file = path if path.suffix == ".safetensors" else path / FILE
+    if not is_first():
+        return file
     with naming(file):
         file.parent.mkdir(parents=True, exist_ok=True)
     tensors = {"losses": posterior.losses, **numbers_of(posterior.pair)}

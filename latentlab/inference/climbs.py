@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from latentlab.diagnostics import Estimate
 from latentlab.guides import Flow, Guide
-from latentlab.inference.batches import follows_rows
+from latentlab.inference.batches import Batches, follows_rows
 from latentlab.inference.bounds import draws_for
 from latentlab.inference.minibatches import batches_of
 from latentlab.inference.networks import NETWORK_RATE, NetworkClimb, has_networks
 from latentlab.inference.pair import Arguments, Pair
+from latentlab.inference.ranks import ALONE
 from latentlab.inference.restarts import Place, Restarts, distances
 from latentlab.inference.rows import looked_at
 from latentlab.inference.sandbox import stream
 from latentlab.inference.settings import RATE, Settings
+from latentlab.inference.shards import Shard
 from latentlab.inference.stages import INTERRUPTED, Climb, FitDivergedError, State
 from latentlab.inference.starts import Starts
 from latentlab.inference.steps import Engine
@@ -66,14 +68,16 @@ class Climbs:
         try:
             for start in range(num_restarts):
                 begin = stream(settings.seed, "start", start)
-                batch = batches_of(pair, batch_size, begin)
+                batch = _batches(pair, batch_size, begin)
                 how = (pair, begin, num_particles, lr, tol, max_steps, batch, self.tick)
                 net = (self.held, batch_size, finds_rate)
                 climb = NetworkClimb(*how, engine, *net) if networks else Climb(*how, engine)
                 origin = origin or climb.state()
                 climb.restore(origin)  # a guide of your own begins where you set it, each time
                 try:
-                    Starts(some_rows(pair, settings.seed), settings.seed).place(start)
+                    looked = replace(some_rows(pair, settings.seed), ranks=ALONE)
+                    Starts(looked, settings.seed).place(start)
+                    pair.ranks.align(climb.moving())
                     draws, elbo = climb.warm_up(_WARM_UP, rate)
                     if math.isnan(elbo.value):
                         elbo = Estimate(-math.inf, 0.0)  # the worst; a NaN is neither
@@ -103,9 +107,15 @@ class Climbs:
         num_particles = _affordable(pair, settings, batch_size)[1]
         if isinstance(pair.guide, Flow) and settings.num_particles is None and pair.vectorised:
             num_particles = draws_for(pair.bound, _FLOW_PARTICLES)
-        lr, batch = _first_rate(pair, settings), batches_of(pair, batch_size, seed)
+        lr, batch = _first_rate(pair, settings), _batches(pair, batch_size, seed)
         how = (pair, seed, num_particles, lr, settings.tol, settings.max_steps, batch, self.tick)
         return Climb(*how, Engine(pair, settings.backend, num_particles, settings.max_steps))
+
+
+def _batches(pair: Pair, batch_size: int | None, seed: int) -> Batches:
+    if pair.ranks:
+        return Shard(pair, batch_size, stream(seed, "batch"))
+    return batches_of(pair, batch_size, seed)
 
 
 def _first_rate(pair: Pair, settings: Settings) -> float:

@@ -15,9 +15,11 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
+from latentlab.inference.devices import move_attributes, move_module, moved
 from latentlab.inference.sandbox import LOCK
 
 __all__ = ["copy_pair", "modules_of"]
@@ -27,7 +29,10 @@ _CONTAINERS = (list, tuple, dict)
 
 
 def copy_pair(
-    model: Callable, guide: Callable, shared: Iterable[Tensor] = ()
+    model: Callable,
+    guide: Callable,
+    shared: Iterable[Tensor] = (),
+    device: torch.device | None = None,
 ) -> tuple[Callable, Callable]:
     """Copies of both, sharing what the originals share; the originals stay as they are.
 
@@ -36,6 +41,7 @@ def copy_pair(
             ``functools.partial`` or in a handler of Pyro, such as ``pyro.condition``.
         guide: likewise.
         shared: tensors that the copies hold as the originals do.
+        device: where to put all tensors of the copies; ``None`` leaves them where they are.
 
     Returns:
         The copies.
@@ -51,7 +57,7 @@ def copy_pair(
         (True, False, True)
     """
     with LOCK:
-        copier = _Copier([*_roots(model), *_roots(guide)])
+        copier = _Copier([*_roots(model), *_roots(guide)], device)
         copier.memo |= {id(tensor): tensor for tensor in shared}
         return copier(model), copier(guide)
 
@@ -169,10 +175,11 @@ class _Copier:
 
     Arguments:
         roots: functions and objects to copy in any case; others only if they hold modules.
+        device: where to put their tensors.
     """
 
-    def __init__(self, roots: Iterable[object]) -> None:
-        self.roots = list(roots)
+    def __init__(self, roots: Iterable[object], device: torch.device | None = None) -> None:
+        self.roots, self.device = list(roots), device
         self.old_scopes = _scopes(self.roots)
         # Only the names that are used are held, so that others can be freed.
         self.new_scopes = {
@@ -202,7 +209,7 @@ class _Copier:
         is_root = any(value is root for root in self.roots)
         if is_root or next(_modules(value, self.old_scopes, set()), None) is not None:
             return self._object(value)
-        return value
+        return value if self.device is None else moved(value, self.device)
 
     def _function(self, function: types.FunctionType) -> types.FunctionType:
         cells, scope = function.__closure__ or (), function.__globals__
@@ -255,4 +262,7 @@ class _Copier:
                 for name, attribute in _attributes(part).items():
                     if isinstance(attribute, _FUNCTIONS) or name == "_model":
                         vars(twin)[name] = self(attribute)
+                if self.device is not None:
+                    move = move_module if isinstance(twin, nn.Module) else move_attributes
+                    move(twin, self.device)
         return new

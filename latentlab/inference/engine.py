@@ -18,6 +18,7 @@ from latentlab.inference.batches import num_rows, split
 from latentlab.inference.check import Fault, prepare
 from latentlab.inference.checkpoint import fingerprint
 from latentlab.inference.climbs import Climbs, few_threads, some_rows
+from latentlab.inference.devices import as_device
 from latentlab.inference.held_out import HeldOut, as_share, measure
 from latentlab.inference.journal import Journal, Part, opened
 from latentlab.inference.ladder import ladder_for
@@ -28,9 +29,11 @@ from latentlab.inference.networks import is_judged_by_row
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.posterior import Posterior
 from latentlab.inference.progress import progress_bar
+from latentlab.inference.ranks import ALONE, Ranks, joined
 from latentlab.inference.rows import DRAWS_OF_ROWS, elbo_of_rows
 from latentlab.inference.sandbox import manual_seed, stream
 from latentlab.inference.settings import Settings, bound_of
+from latentlab.inference.shards import share_out
 from latentlab.inference.stages import FitDivergedError, particle_chunk
 from latentlab.objectives import ELBO, Objective
 from latentlab.protocols import HoldsOut, owner_of
@@ -58,6 +61,7 @@ def fit(
     method: Literal["auto", "stages"] = "auto",
     progress: bool | None = None,
     checkpoint: str | Path | None = None,
+    device: str | torch.device | None = None,
 ) -> Posterior:
     r"""Fit a guide to the posterior of a model by stochastic variational inference.
 
@@ -66,6 +70,9 @@ def fit(
     until two stages agree; where the pair has networks, until the objective gains nothing more
     (see :mod:`latentlab.inference.networks`). A model without latents is fitted by maximum
     likelihood and needs no guide.
+
+    Started several times, as by ``torchrun``, it is one fit: each process takes a part of the
+    rows, and all return the same posterior.
 
     The arguments are not changed, nor is any state of Pyro or torch.
 
@@ -82,7 +89,8 @@ def fit(
             ``"structured"`` (all correlations of global latents; those of a row given them: many
             rows), ``"amortised"`` (a network computes the latents of a row from it: new rows and
             mini-batches), ``"flow"`` (a bent normal: tails and curves that no normal has).
-        batch_size: rows per step; ``None`` takes all. The model must accept ``size``.
+        batch_size: rows per step, those of all processes; ``None`` takes all. The model must
+            accept ``size``.
         num_restarts: starts; by default 4 for guides of ours, 1 for others and for large ones.
         num_particles: draws per step; by default 8 where they are cheap, else 1. For an
             objective of several draws, so many times those; by default once.
@@ -108,6 +116,9 @@ def fit(
         checkpoint: a folder, made if missing, where what was done so far is kept: after a kill,
             at any moment, the same call goes on from there, to the same bytes. Another model,
             other data or another setting is refused.
+        device: where the fit runs and the posterior lives, such as ``"cuda"``; by default where
+            the data are. The model need not be written for it; what is shown, exported or saved
+            comes from there by itself.
 
     Returns:
         The posterior: frozen, with its own copy of the pair.
@@ -130,18 +141,15 @@ def fit(
         >>> posterior.sample(5)["locs"].shape
         torch.Size([5, 2, 2])
     """
+    settings = Settings.checked(
+        *(batch_size, num_restarts, num_particles, max_steps, lr, tol, seed, backend),
+        *(objective, method),
+    )
+    where = as_device(device)
     modes = torch.inference_mode(False), torch.enable_grad()  # whatever the caller is in
-    with modes[0], modes[1], opened(checkpoint) as journal:
-        return _fit(
-            *(model, data, guide),
-            Settings.checked(
-                *(batch_size, num_restarts, num_particles, max_steps, lr, tol, seed, backend),
-                *(objective, method),
-            ),
-            held_out,
-            progress,
-            journal,
-        )
+    with modes[0], modes[1], joined(where) as ranks, opened(checkpoint) as journal:
+        progress = progress if ranks.rank == 0 else False
+        return _fit(model, data, guide, settings, held_out, progress, journal, where, ranks)
 
 
 def _fit(
@@ -152,11 +160,13 @@ def _fit(
     held_out: float | None,
     progress: bool | None,
     journal: Journal,
+    device: torch.device | None,
+    ranks: Ranks,
 ) -> Posterior:
     begin, seed = time.perf_counter(), settings.seed
     fitted, held = _kept_aside(model, data, held_out, seed)
     try:
-        pair, report = prepare(model, fitted, guide, None if held is None else data)
+        pair, report = prepare(model, fitted, guide, None if held is None else data, device)
         if not report.ok:
             raise ValueError(_refusal(report.faults))
     except (TypeError, ValueError) as error:
@@ -165,10 +175,12 @@ def _fit(
         prepare(model, data, guide)  # rows are counted as they were given
         text = f"of the rows that held_out= leaves to fit, {error}; or fit all, held_out=0"
         raise ValueError(text) from error
-    for fault in report.faults:
+    for fault in report.faults if ranks.rank == 0 else ():
         warnings.warn(str(fault), stacklevel=3)
+    held = None if held is None else held.map(lambda tensor: tensor.to(pair.device))
     batch_size = aligned_batch_size(pair, settings.batch_size)
     pair.bound = bound_of(pair, settings.objective)
+    share_out(pair, ranks, settings.batch_size)
     if journal.folder is not None:
         journal.begin(manifest(pair, held, (model, guide), settings, held_out))
     pair.journal = journal
@@ -180,7 +192,9 @@ def _fit(
         elbo = _final_elbo(pair, seed)
         compared = None if held is None else _compared(pair, held, seed)
     pair.journal = Journal()
-    _log.info("fit ended: %s", climb.stop_reason)
+    pair.ranks = ALONE  # what is asked of a posterior is asked of each by itself
+    if ranks.rank == 0:
+        _log.info("fit ended: %s", climb.stop_reason)
     return Posterior(
         pair=pair,
         seed=seed,
@@ -193,7 +207,7 @@ def _fit(
         method=climb.method,
         backend=str(climb.engine),
         restarts=restarts,
-        notes=(*map(str, report.faults), *report.notes, *_other_than_the_elbo(pair)),
+        notes=(*map(str, report.faults), *report.notes, *_other_notes(pair, ranks)),
         seconds=time.perf_counter() - begin,
         fitted_to=fingerprint(pair.data),
         held_out_rows=compared,
@@ -219,10 +233,11 @@ def _kept_aside(
     return split(as_arguments(data, model), share, seed) if share else (data, None)
 
 
-def _other_than_the_elbo(pair: Pair) -> Iterator[str]:
+def _other_notes(pair: Pair, ranks: Ranks) -> Iterator[str]:
     if pair.bound is not None:
         whose = "each row" if pair.bound.plate else "all data in one"
         yield f"climbed {pair.bound.objective}, with the weights of {whose}; the ELBO is reported"
+    yield from ranks.notes()
 
 
 def _refusal(faults: tuple[Fault, ...]) -> str:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from latentlab.inference.journal import Part
 from latentlab.inference.modes import standing
 from latentlab.inference.networks import NetworkClimb, has_networks
 from latentlab.inference.pair import Pair
+from latentlab.inference.ranks import ALONE
 from latentlab.inference.restarts import Restarts
 from latentlab.inference.sandbox import manual_seed, stream
 from latentlab.inference.stages import (
@@ -271,7 +272,8 @@ def _try(
     try:
         guide.start_from(here.guide)
         if not isinstance(guide, Flow):
-            Starts(pair, seed).lay_over_mode(here.guide.free_mean().detach())
+            Starts(replace(pair, ranks=ALONE), seed).lay_over_mode(here.guide.free_mean().detach())
+        pair.ranks.align(climb.moving())
         begin = climb.state()
         climb.until_converged()
     except FitDivergedError as error:
@@ -327,7 +329,7 @@ def _measured(pair: Pair, seed: int, level: int) -> tuple[Estimate, Estimate, Es
             objectives.draw(pair, min(chunk, num_draws - start))
             for start in range(0, num_draws, chunk)
         )
-        log_weights = torch.cat([objectives.log_joint(pair, d) - d.log_q for d in draws])
+        log_weights = torch.cat([objectives.log_joint_of_all(pair, d) - d.log_q for d in draws])
     elbo, none = Estimate.from_draws(log_weights), Estimate(0.0, 0.0)
     if not log_weights.isfinite().all():
         return elbo, Estimate(math.inf, 0.0), none

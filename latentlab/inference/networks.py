@@ -217,7 +217,7 @@ class NetworkClimb:
             average = self._stage(run, steps)
             score = self._score_at(average)
             gain = self._gain(score, best)
-            if self._annealing() or self._is_gain(gain):
+            if self._annealing() or self.pair.ranks.same(self._is_gain(gain)):
                 best, best_state, top, idle = score, average, 0.0, 0
                 continue
             if gain.value > top:  # too little to go on for, but better all the same
@@ -235,12 +235,16 @@ class NetworkClimb:
 
     def state(self) -> State:
         """A copy of everything that moves."""
-        return {name: value.clone() for name, value in self._mode.moving().items()}
+        return {name: value.clone() for name, value in self.moving().items()}
 
     def restore(self, state: State) -> None:
         """Go back to a state, in place."""
-        for name, value in self._mode.moving().items():
+        for name, value in self.moving().items():
             value.copy_(state[name])
+
+    def moving(self) -> State:
+        """What moves itself."""
+        return self._mode.moving()
 
     def _stage(self, run: _Run, num_steps: int) -> State:
         """Steps at one rate, and the average of all that were taken at it."""
@@ -290,10 +294,13 @@ class NetworkClimb:
                 for point in path:
                     run.mean.add(self._parts(point))
             elif (num_steps - k) % _AVERAGE_EVERY == 0:
-                run.mean.add([*self._mode.moving().values()])
+                run.mean.add([*self.moving().values()])
             if (num_steps - k) % _AVERAGE_EVERY == 0:
                 journal.mark(run.name, partial(self._point, run, first, good, failures))
-        return run.mean.state(self._mode.moving())
+        average = run.mean.state(self.moving())
+        for state in (self.moving(), average):
+            self.pair.ranks.align(state)
+        return average
 
     def _part(
         self, run: _Run, first: int, facts: dict, groups: dict[str, State], prefix: str = ""
@@ -333,8 +340,8 @@ class NetworkClimb:
         return len(elbos)
 
     def _parts(self, point: Tensor) -> list[Tensor]:
-        """The parameters at a place, in their shapes."""
-        like = [*self.pair.parameters().values()]
+        """What moves, at a place, in its shapes."""
+        like = [*self.moving().values()]
         parts = point.split([p.numel() for p in like])
         return [part.view_as(p) for part, p in zip(parts, like, strict=True)]
 

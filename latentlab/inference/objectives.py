@@ -32,6 +32,7 @@ __all__ = [
     "draw",
     "guide_log_probs",
     "log_joint",
+    "log_joint_of_all",
     "log_q",
     "log_weights",
     "particles",
@@ -172,10 +173,23 @@ def log_joint(pair: Pair, draws: Draws, data: Arguments | None = None) -> Tensor
     return _score(pair, pair.model, draws, data or pair.data)
 
 
+def log_joint_of_all(pair: Pair, draws: Draws) -> Tensor:
+    """As :func:`log_joint` at the pair's own data, several processes looking at some rows each.
+
+    Arguments:
+        pair: as for :func:`log_joint`.
+        draws: as for :func:`log_joint`, the same for all processes.
+    """
+    part = pair.ranks.part
+    if part is None:
+        return log_joint(pair, draws)
+    return pair.ranks.mean(log_joint(pair, draws, part))
+
+
 def log_weights(pair: Pair, num_particles: int) -> Tensor:
     """Log importance weights log p(x, z) - log q(z) of P draws; their mean is the ELBO."""
     draws = draw(pair, num_particles)
-    return log_joint(pair, draws) - draws.log_q
+    return log_joint_of_all(pair, draws) - draws.log_q
 
 
 def site_log_probs(pair: Pair, draws: Draws, data: Arguments | None = None) -> dict[str, Tensor]:

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from latentlab.guides import Guide, Latent
 from latentlab.inference.copying import copy_pair, modules_of
+from latentlab.inference.devices import CPU
 from latentlab.inference.journal import Journal
+from latentlab.inference.ranks import ALONE, Ranks
 from latentlab.inference.sandbox import sandbox
 
 if TYPE_CHECKING:
@@ -65,6 +67,11 @@ class Arguments:
     def call(self, function: Callable) -> Any:  # noqa: ANN401
         """Call a model or guide with the data."""
         return function(*self.args, **self.kwargs)
+
+    @property
+    def stands_for(self) -> int | None:
+        """How many rows those of a mini-batch stand for."""
+        return self.kwargs.get("size")
 
     def tensors(self) -> list[Tensor]:
         """The tensors among the data, in order, those in lists and tuples included."""
@@ -115,6 +122,8 @@ class Pair:
         vectorised: whether many particles may go through the model at once.
         bound: what is climbed; ``None`` for the ELBO.
         journal: where the parts of the fit are kept, while it runs.
+        device: where all of it is.
+        ranks: the processes that fit it together.
     """
 
     model: Callable
@@ -133,11 +142,14 @@ class Pair:
     vectorised: bool = False
     bound: Bound | None = None
     journal: Journal = field(default_factory=Journal, repr=False, compare=False)
+    device: torch.device = CPU
+    ranks: Ranks = ALONE
 
     @contextmanager
     def entered(self, seed: int, validate: bool = False) -> Iterator[None]:
-        """Run with this pair's parameters, dtype and a seed; leave no trace."""
-        with sandbox(self.store, seed=seed, dtype=self.dtype, validate=validate):
+        """Run with this pair's parameters, dtype, device and a seed; leave no trace."""
+        how = {"dtype": self.dtype, "validate": validate, "device": self.device}
+        with sandbox(self.store, seed=seed, **how):  # type: ignore[arg-type]
             yield
 
     def is_point(self) -> bool:

@@ -56,10 +56,13 @@ def draw_picture(posterior: Posterior, kind: str) -> Axes | Figure:
 def write_report(posterior: Posterior, path: str | Path) -> Path:
     """The page; see :meth:`latentlab.Posterior.report`."""
     from latentlab.inference.checkpoint import probe
+    from latentlab.inference.ranks import is_first
     from latentlab.report import Page, write
 
     path = Path(path)
     file = path if path.suffix == ".html" else path / "report.html"
+    if not is_first():
+        return file
     probe(file.parent)
     verdict, name = posterior.check(), _name(posterior.model)
     sections = (

@@ -60,7 +60,7 @@ def as_fitted(data: Any, pair: Pair, *, check: bool = False) -> Arguments:  # no
     names, owner = pair.data.names, owner_of(pair.model)
     if names and not isinstance(owner, ArrangesData):
         data = _matched(data, names)
-    arguments = as_arguments(data, pair.model, names)
+    arguments = as_arguments(data, pair.model, names).map(lambda t: t.to(pair.device))
     if check and isinstance(owner, ChecksData) and arguments.tensors():
         args, kwargs = with_names(arguments)
         owner.check_data(*args, **kwargs)

@@ -111,7 +111,7 @@ def distances(
         reference = {site: home.mean[site] for site in swapping}
         chosen = {site: means[site] for site in swapping}
         means |= align(chosen, swapping, reference).draws
-    far = torch.zeros(len(places), dtype=torch.float64)
+    far = torch.zeros(len(places), dtype=torch.float64, device="cpu")
     for site, mean in means.items():
         gap = (mean - home.mean[site]).abs().double()
         gap = torch.where(gap == 0, gap, gap / home.sd[site].double())

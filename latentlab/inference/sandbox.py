@@ -15,6 +15,8 @@ import pyro
 import torch
 from pyro.params.param_store import StateDict
 
+from latentlab.inference.devices import CPU, running_on, seed_device
+
 __all__ = ["LOCK", "manual_seed", "sandbox", "stream"]
 
 LOCK = threading.RLock()
@@ -30,15 +32,21 @@ _VALIDATION = (
 
 @contextmanager
 def sandbox(
-    store: StateDict, *, seed: int, dtype: torch.dtype, validate: bool = False
+    store: StateDict,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    validate: bool = False,
+    device: torch.device = CPU,
 ) -> Iterator[None]:
     """Enter a parameter store, a seed and a dtype; leave everything as it was found.
 
     Arguments:
         store: state of Pyro's parameter store, updated on leaving, in place.
-        seed: of torch's CPU generator.
+        seed: of torch's CPU generator, and of that of the device.
         dtype: torch's default dtype inside.
         validate: whether distributions check their arguments inside.
+        device: torch's default device inside.
 
     Example:
         >>> store = {"params": {}, "constraints": {}}
@@ -51,9 +59,9 @@ def sandbox(
         default_dtype, rng_state = torch.get_default_dtype(), torch.get_rng_state()
         try:
             torch.set_default_dtype(dtype)
-            manual_seed(seed)
             flags = dict.fromkeys(_VALIDATION, validate)
-            with pyro.settings.context(**flags), _parameters(store):
+            with running_on(device), pyro.settings.context(**flags), _parameters(store):
+                manual_seed(seed)
                 yield
         finally:
             torch.set_default_dtype(default_dtype)
@@ -82,7 +90,7 @@ def _parameters(store: StateDict) -> Iterator[None]:
             vars(parameter)["unconstrained"] = way_back
 
 
-def stream(seed: int, *labels: object) -> int:
+def stream(seed: int | str, *labels: object) -> int:
     """A seed that depends on (seed, labels) alone, so that every part of a fit has its own noise.
 
     Arguments:
@@ -101,5 +109,9 @@ def stream(seed: int, *labels: object) -> int:
 
 
 def manual_seed(seed: int) -> None:
-    """Seed torch's CPU generator only: 1 us, where ``torch.manual_seed`` takes 100."""
+    """Seed torch's CPU generator, in 1 us where ``torch.manual_seed`` takes 100.
+
+    Where the default device is another, seed that one's, too.
+    """
     torch.default_generator.manual_seed(seed)
+    seed_device(seed)

@@ -184,7 +184,7 @@ class Climb:
                 continue
             if not new_elbo.value <= best.elbo.value:
                 best = _Reached(self.state(), new_draws, new_elbo)
-            shift = self._shift(before, draws, new_draws)
+            shift = self.pair.ranks.same(self._shift(before, draws, new_draws))
             gained_nothing = self._gained_nothing(elbo, new_elbo)
             idle = idle + 1 if gained_nothing and not stationary else 0
             if stationary and shift < self.tol and gained_nothing:
@@ -203,14 +203,15 @@ class Climb:
 
     def state(self) -> State:
         """A copy of everything that moves: parameters, and the frame of a guide of ours."""
-        return {name: value.clone() for name, value in self._moving().items()}
+        return {name: value.clone() for name, value in self.moving().items()}
 
     def restore(self, state: State) -> None:
         """Go back to a state, in place."""
-        for name, value in self._moving().items():
+        for name, value in self.moving().items():
             value.copy_(state[name])
 
-    def _moving(self) -> State:
+    def moving(self) -> State:
+        """What moves itself."""
         frame: State = {}
         if isinstance(self.pair.guide, Guide):
             frame = {f"frame.{k}": v.detach() for k, v in self.pair.guide.named_buffers()}
@@ -279,16 +280,20 @@ class Climb:
             trail.follow(k, path)
             if k - checked >= _CHECK_EVERY:
                 good, failures, checked = self.state(), 0, k
-                if not falling and k >= fewest and trail.stationary(_often_moved(optimiser)):
+                if not falling and k >= fewest and self._settled(trail, optimiser):
                     stationary = True
                     break
                 journal.mark(name, partial(self._point, first, halved, stepper, trail))
         trail.go_to_average()
+        self.pair.ranks.align(self.moving())
         return stationary
 
     def _point(self, first: int, halved: float, stepper: Stepper, trail: Trail) -> Part:
         way = {"moments": stepper.memory(), "trail": {"points": torch.stack(trail.points)}}
         return done(self.pair, self.losses[first:], {"halved": halved}, way)
+
+    def _settled(self, trail: Trail, optimiser: torch.optim.Optimizer) -> bool:
+        return bool(self.pair.ranks.same(trail.stationary(_often_moved(optimiser))))
 
     def _adam(self, parameters: list[Tensor], rate: float) -> torch.optim.Optimizer:
         # Adam steps by the sign of a gradient even if that is nothing but rounding. In the frame
@@ -451,7 +456,7 @@ def evaluate(pair: Pair, draws: Draws) -> Estimate:
     """
     with torch.no_grad():
         weights = torch.cat(
-            [objectives.log_joint(pair, part) - part.log_q for part in chunks(pair, draws)]
+            [objectives.log_joint_of_all(pair, part) - part.log_q for part in chunks(pair, draws)]
         )
     return Estimate.from_draws(weights) if len(weights) > 1 else Estimate(float(weights[0]), 0.0)
 

@@ -7,19 +7,20 @@ done torch takes the steps, and the posterior says why.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from latentlab.inference.devices import CPU
 from latentlab.inference.journal import Part
 from latentlab.inference.lazy_adam import LazyAdam
 from latentlab.inference.modes import TrainingMode, standing
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.sandbox import manual_seed, stream
-from latentlab.inference.training import kl_weight, step_of
+from latentlab.inference.training import blind_step_of, kl_weight, step_of
 
 if TYPE_CHECKING:
     from latentlab.inference.batches import Batches
@@ -30,7 +31,7 @@ __all__ = ["Backend", "Engine", "Eager", "Compiled", "Stepper"]
 Backend = Literal["auto", "eager", "xla"]
 
 _STEPS = 100  # of a call, after which the place is looked at
-_NUMBERS = 2**23  # of noise in a call
+_NUMBERS = 2**23  # of noise, or of places, in a call
 _FEWEST_STEPS = 2000  # for which a compilation is worth its seconds
 
 
@@ -79,7 +80,7 @@ class Engine:
         """
         if type(optimiser) is not torch.optim.Adam:
             self.why = "each row has latents of its own, which only its batches move"
-            return Eager(self.pair, optimiser, self.num_particles, batch, seed, mode)
+            return Eager(self.pair, optimiser, self.num_particles, batch, seed, mode, every)
         if not self._known:
             self._known = True
             self.why = self._reason(optimiser, batch, mode, every, step) or ""
@@ -87,7 +88,7 @@ class Engine:
             if self.why and self.backend == "xla":
                 raise ValueError(f'backend: "xla" cannot run this pair: {self.why}')
         if self.program is None:
-            return Eager(self.pair, optimiser, self.num_particles, batch, seed, mode)
+            return Eager(self.pair, optimiser, self.num_particles, batch, seed, mode, every)
         return Compiled(self.pair, optimiser, self.program, batch, seed, every)
 
     def _reason(
@@ -103,14 +104,16 @@ class Engine:
 
         if self.backend == "eager":
             return "asked for"
+        if self.pair.ranks:
+            return f"{self.pair.ranks.size} processes take each step together"
         if not has_jax():
             return "JAX is not installed: pip install 'latentlab[xla]'"
         if self.backend == "auto" and self.max_steps < _FEWEST_STEPS:
             return f"a compilation is not worth {self.max_steps} steps"
         if len(mode.moving()) > len(self.pair.parameters()):
             return "it has batch normalisation, whose running means move"
-        if any(t.device.type != "cpu" for t in self.pair.data.tensors()):
-            return "its data are not on the CPU"
+        if self.pair.device != CPU:
+            return f"it is on {self.pair.device}, and XLA runs on the CPU here"
         from latentlab.inference.program import UntraceableError, record
 
         try:
@@ -165,29 +168,55 @@ class Engine:
         return True
 
 
-@dataclass
 class Eager:
-    """A step at a time, by torch."""
+    """By torch: on the CPU a step at a time, elsewhere many before one looks where they led.
 
-    pair: Pair
-    optimiser: torch.optim.Optimizer
-    num_particles: int
-    batch: Batches
-    seed: int
-    mode: TrainingMode
-    size: int = 1
+    Arguments:
+        pair: the pair, whose parameters are moved.
+        optimiser: what moves them.
+        num_particles: draws per step P.
+        batch: the data of each step.
+        seed: all noise comes from (seed, step).
+        mode: in which the networks of the pair take a step.
+        every: steps between two places that are remembered.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        optimiser: torch.optim.Optimizer,
+        num_particles: int,
+        batch: Batches,
+        seed: int,
+        mode: TrainingMode,
+        every: int,
+    ) -> None:
+        self.pair, self.optimiser, self.num_particles = pair, optimiser, num_particles
+        self.batch, self.seed, self.mode, self.every = batch, pair.ranks.seed(seed), mode, every
+        size = sum(value.numel() for value in mode.moving().values())
+        places = max(1, min(math.ceil(_STEPS / every), _NUMBERS // max(size, 1)))
+        self.size = 1 if pair.device == CPU else every * places
 
     def take(self, first: int, rates: Sequence[float], attempt: int) -> tuple[list[float], Tensor]:
         """See :meth:`Compiled.take`."""
-        (rate,) = rates
+        if self.size == 1:
+            (rate,) = rates
+            step_here = blind_step_of if self.pair.ranks else step_of
+            return [float(self._step(step_here, first, rate, attempt))], torch.empty(0)
+        every = self.every if len(rates) % self.every == 0 else len(rates)
+        elbos, path = [], []
+        for k, rate in enumerate(rates):
+            elbos.append(self._step(blind_step_of, first + k, rate, attempt))
+            if (k + 1) % every == 0:
+                path.append(torch.cat([p.flatten() for p in self.mode.moving().values()]))
+        return torch.stack(elbos).tolist(), torch.stack(path)
+
+    def _step(self, take: Callable, step: int, rate: float, attempt: int) -> Any:  # noqa: ANN401
         for group in self.optimiser.param_groups:
             group["lr"] = rate * group.get("unit", 1.0)
-        manual_seed(stream(self.seed, "step", first, attempt))
+        manual_seed(stream(self.seed, "step", step, attempt))
         with self.mode:
-            value = step_of(
-                self.pair, self.num_particles, self.batch(first), first, self.optimiser
-            )
-        return [value], torch.empty(0)
+            return take(self.pair, self.num_particles, self.batch(step), step, self.optimiser)
 
     def memory(self) -> dict[str, Tensor]:
         """What the optimiser remembers of the steps so far, by name."""

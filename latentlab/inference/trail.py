@@ -25,14 +25,14 @@ class Trail:
         # Weights of networks have directions that change nothing, and drift along them for ever.
         settling = [torch.full((p.numel(),), id(p) not in restless) for p in parameters]
         self.settling = torch.cat(settling).nonzero().squeeze(-1)
-        size = sum(p.numel() for p in parameters)
-        self.every = max(_SNAPSHOT_EVERY, math.ceil(size * num_steps / _TRAIL_NUMBERS))
+        self.size = sum(p.numel() for p in parameters)
+        self.every = max(_SNAPSHOT_EVERY, math.ceil(self.size * num_steps / _TRAIL_NUMBERS))
         self.points: list[Tensor] = []
 
     def follow(self, step: int, path: Tensor) -> None:
         """Keep the places of a path, or take a snapshot, if it is time to."""
         if len(path):
-            self.points.extend(path)
+            self.points.extend(path[:, : self.size])
         elif step % self.every == 0:
             self.points.append(torch.cat([p.detach().flatten() for p in self.parameters]))
 
@@ -50,7 +50,8 @@ class Trail:
         path = torch.stack(later)
         # Where the gradient is zero draw by draw, what is left to drift is rounding.
         still = path.amax(0) - path.amin(0) <= self.at_rest
-        return bool(((rhat(path) < 1.1) | still).double().mean() >= 0.95)
+        settled = (rhat(path) < 1.1).to(still.device)
+        return bool((settled | still).double().mean() >= 0.95)
 
     def go_to_average(self) -> None:
         """Put the parameters at the average of the later half."""

@@ -37,7 +37,7 @@ from latentlab.inference import bounds, objectives
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.protocols import Anneals, owner_of
 
-__all__ = ["SINGULAR", "Objective", "kl_weight", "objective", "step_of"]
+__all__ = ["SINGULAR", "Objective", "blind_step_of", "kl_weight", "objective", "step_of"]
 
 SINGULAR: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 """What torch raises where a matrix cannot be factorised."""
@@ -77,6 +77,58 @@ def step_of(
         return math.nan  # the step is not taken, but tried again
     optimiser.step()
     return value
+
+
+def blind_step_of(
+    pair: Pair,
+    num_particles: int,
+    data: Arguments,
+    step: int,
+    optimiser: torch.optim.Optimizer,
+) -> Tensor:
+    """Take a step without a look at its numbers, for which a GPU would have to be waited for.
+
+    Several processes take the mean of their steps: where one of them fails, all do.
+
+    Arguments:
+        pair: as for :func:`step_of`.
+        num_particles: as for :func:`step_of`.
+        data: as for :func:`step_of`.
+        step: as for :func:`step_of`.
+        optimiser: as for :func:`step_of`.
+
+    Returns:
+        The ELBO at the draws of the step, a scalar on the device of the pair; NaN where the step
+        led nowhere, which it then did.
+    """
+    optimiser.zero_grad(set_to_none=True)
+    try:
+        loss, elbo = objective(pair, num_particles, data, step)
+        loss.backward()
+    except SINGULAR:
+        loss = elbo = torch.full((), math.nan)
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    if pair.ranks:
+        loss, elbo = _shared(pair, parameters, loss.detach(), elbo)
+    slopes = [p.grad.sum() for p in parameters if p.grad is not None]
+    is_sound = torch.stack([loss.detach(), *slopes]).isfinite().all()
+    optimiser.step()
+    return torch.where(is_sound | ~elbo.isfinite(), elbo, math.nan)
+
+
+def _shared(
+    pair: Pair, parameters: list[Tensor], loss: Tensor, elbo: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The loss and the ELBO of all processes; the gradients become those of all, in place."""
+    own = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    dtype = torch.float64 if any(g.dtype == torch.float64 for g in own) else pair.dtype
+    flat = torch.cat([x.detach().flatten().to(dtype) for x in (*own, loss, elbo)])
+    flat = pair.ranks.mean(flat)
+    sizes = [g.numel() for g in own]
+    *parts, loss, elbo = flat.split([*sizes, 1, 1])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = part.view_as(parameter).to(parameter.dtype)
+    return loss[0], elbo[0]
 
 
 class Objective(NamedTuple):

@@ -195,7 +195,7 @@ def _walk(coded: Coded, dim: int, steps: np.ndarray) -> Tensor:
     origin = torch.zeros_like(loc[0]) if normal else loc.mean(0)
     unit = 1.0 if normal else loc[:, dim].std(correction=0)
     along = origin.repeat(len(steps), 1)
-    along[:, dim] += unit * torch.as_tensor(steps, dtype=loc.dtype)
+    along[:, dim] += unit * torch.as_tensor(steps, dtype=loc.dtype, device=loc.device)
     return along
 
 
