@@ -32,7 +32,7 @@ from latentlab.guides import (
     Structured,
 )
 from latentlab.inference import faults as find
-from latentlab.inference import objectives
+from latentlab.inference import objectives, score
 from latentlab.inference.arguments import as_arguments, tell_columns, with_names
 from latentlab.inference.batches import chosen, follows_rows, num_rows, take
 from latentlab.inference.copying import copy_pair
@@ -48,6 +48,7 @@ from latentlab.inference.pair import (
     plates_of,
 )
 from latentlab.inference.predictive import datum_plate
+from latentlab.inference.values import is_discrete, is_scored
 from latentlab.protocols import OffersGuide, ScalesToData, owner_of
 
 __all__ = ["Fault", "PairReport", "accepts_size", "bind", "check_pair", "learn", "prepare"]
@@ -161,7 +162,8 @@ def prepare(
         faults, note = _look_at_all(pair, wants_guide)
     else:
         pair, faults, note = found
-    return pair, PairReport(tuple(faults), _describe(pair), (note,) if note else ())
+    notes = tuple(text for text in (note, score.note(pair)) if text)
+    return pair, PairReport(tuple(faults), _describe(pair), notes)
 
 
 def _expect_program(function: object, role: str) -> None:
@@ -214,7 +216,10 @@ def _look_at_all(pair: Pair, wants_guide: bool) -> tuple[list[Fault], str | None
         faults += find.entangled(pair)
         if any(fault.fatal for fault in faults):
             return faults, None
-        return faults, objectives.verify_vectorised(pair)
+        note = objectives.verify_vectorised(pair)
+        pair.scored = score.apart(pair)
+        pair.baselines = {site: torch.zeros(2, dtype=pair.dtype) for site in pair.scored}
+        return faults, note
 
 
 def _look_at_few(pair: Pair, wants_guide: bool) -> tuple[Pair, list[Fault], None] | None:
@@ -301,6 +306,8 @@ def _look(pair: Pair, wants_guide: bool) -> list[Fault]:
         if isinstance(pair.guide, Guide | AutoGuide):
             faults += find.half_observed(traces[0])
         if isinstance(pair.guide, Guide):
+            if lost := [*find.unsummable(pair, traces[0])]:
+                return faults + lost
             if pair.latents or not _learns_by_itself(pair):
                 faults += find.own_guide_faults(pair, traces[0])
             faults += moving
@@ -311,6 +318,7 @@ def _look(pair: Pair, wants_guide: bool) -> list[Fault]:
         faults += find.score(guide_trace)
         _learn_guide(pair, traces[0], guide_trace)
         faults += find.cover_faults(pair, traces[0], guide_trace)
+        faults += find.unsummable(pair, traces[0])
         faults += find.pair_faults(pair, traces[0], guide_trace, {f.site for f in moving})
         if isinstance(pair.guide, AutoGuide):
             faults += moving
@@ -375,8 +383,8 @@ def _run(role: str, function: Callable, data: Arguments) -> Trace:
 
 def _learn_model(pair: Pair, trace: Trace) -> None:
     drawn = latents_of(trace)
-    pair.latents = tuple(latent_of(n, s) for n, s in drawn.items() if not find.is_discrete(s))
-    pair.summed_out = tuple(name for name, site in drawn.items() if find.is_discrete(site))
+    pair.latents = tuple(latent_of(n, s) for n, s in drawn.items() if not is_discrete(s))
+    pair.summed_out = tuple(name for name, site in drawn.items() if is_discrete(site))
     pair.observed = tuple(n for n, s in observed_of(trace).items() if not site_is_factor(s))
     pair.nesting = nesting_of(trace)
     pair.plates |= _plates(trace)
@@ -386,6 +394,9 @@ def _learn_model(pair: Pair, trace: Trace) -> None:
 def _learn_guide(pair: Pair, trace: Trace, guide_trace: Trace) -> None:
     drawn = latents_of(guide_trace)
     pair.summed_out = tuple(name for name in pair.summed_out if name not in drawn)
+    covered = {n: s for n, s in latents_of(trace).items() if n not in pair.summed_out}
+    pair.latents = tuple(latent_of(name, site) for name, site in covered.items())
+    pair.scored = {name: () for name, site in drawn.items() if is_scored(site)}
     pair.nesting = nesting_of(trace, guide_trace)
     pair.points = tuple(name for name, site in drawn.items() if isinstance(site["fn"], Delta))
     pair.noisy = len(pair.points) < len(drawn)

@@ -138,7 +138,8 @@ def _affordable(pair: Pair, settings: Settings, batch_size: int | None) -> tuple
         4 if ours and pair.latents and size < _MANY_PARAMETERS else 1
     )
     many = pair.vectorised and _numbers(pair, batch_size) <= _CHEAP_ELEMENTS
-    num_particles = settings.num_particles or (8 if many else 1)
+    # The draws of a step are each other's baseline.
+    num_particles = settings.num_particles or (8 if many else 2 if pair.scored else 1)
     if pair.is_point():
         num_particles = 1  # a point is drawn without noise
     if settings.objective.num_samples > 1:

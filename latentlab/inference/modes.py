@@ -58,9 +58,10 @@ class TrainingMode:
         }
 
     def moving(self) -> dict[str, Tensor]:
-        """What steps move, by name: weights, and running means that networks keep of batches."""
+        """What steps move, by name: weights, and running means, of batches or of baselines."""
         weights = {name: value.detach() for name, value in self._pair.parameters().items()}
-        return weights | self._buffers
+        past = {f"baseline.{site}": value for site, value in self._pair.baselines.items()}
+        return weights | self._buffers | past
 
     def __enter__(self) -> None:
         for module in self._modules:  # past ``nn.Module.__setattr__``, which takes a microsecond

@@ -101,6 +101,9 @@ class Engine:
 
         if self.backend == "eager":
             return "asked for"
+        if self.pair.scored:
+            sites = ", ".join(map(repr, self.pair.scored))
+            return f"its guide draws {sites} without a reparameterised gradient"
         if not has_jax():
             return "JAX is not installed: pip install 'latentlab[xla]'"
         if self.backend == "auto" and self.max_steps < _FEWEST_STEPS:

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.distributions import Independent, kl_divergence
 
 from latentlab.guides import Guide
-from latentlab.inference import bounds, objectives
+from latentlab.inference import bounds, objectives, score
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.protocols import Anneals, owner_of
 
@@ -148,6 +148,8 @@ def objective(
     charge = kl_weight(pair, step) if weight is None else weight
     if pair.bound is not None:
         return Objective(*bounds.loss_of(pair, num_particles, data, charge))
+    if pair.scored:
+        return Objective(*score.loss_of(pair, num_particles, data, charge))
     if isinstance(pair.guide, Guide) or not pair.vectorised or pair.summed_out:
         return _by_draws(pair, num_particles, data, charge, free_bits)
     with objectives.particles(num_particles, pair), _Run({}, {}) as q:
