@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,17 +18,17 @@ from latentlab.inference.batches import num_rows, split
 from latentlab.inference.check import Fault, prepare
 from latentlab.inference.checkpoint import fingerprint
 from latentlab.inference.climbs import Climbs, few_threads, some_rows
-from latentlab.inference.held_out import as_share, measure
+from latentlab.inference.held_out import HeldOut, as_share, measure
 from latentlab.inference.ladder import ladder_for
 from latentlab.inference.minibatches import aligned_batch_size
-from latentlab.inference.networks import is_judged_by_row
+from latentlab.inference.networks import NetworkClimb, is_judged_by_row
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.posterior import Posterior
 from latentlab.inference.progress import progress_bar
 from latentlab.inference.rows import DRAWS_OF_ROWS, elbo_of_rows
 from latentlab.inference.sandbox import manual_seed, stream
 from latentlab.inference.settings import Settings, bound_of
-from latentlab.inference.stages import FitDivergedError, particle_chunk
+from latentlab.inference.stages import INTERRUPTED, Climb, FitDivergedError, particle_chunk
 from latentlab.objectives import ELBO, Objective
 from latentlab.protocols import HoldsOut, owner_of
 
@@ -106,7 +107,8 @@ def fit(
 
     Raises:
         ValueError: for data, settings or a pair that cannot be fitted; each fault is named.
-        FitDivergedError: if the objective stays non-finite.
+        FitDivergedError: if the objective stays non-finite, or its gradient far above all before.
+        MemoryError: if a step with a single particle does not fit; with several, half are taken.
 
     References:
         | Stochastic variational inference (Hoffman et al., 2013)
@@ -161,9 +163,7 @@ def _fit(
         climbs = Climbs(pair, settings, batch_size, tick, held)
         ladder = ladder_for(pair, guide, batch_size is not None)
         climb, restarts, rungs = ladder.ascend(pair, seed, climbs.first, climbs.further)
-        elbo = _final_elbo(pair, seed)
-        manual_seed(stream(seed, "held out"))
-        compared = None if held is None else measure(pair, held, seed)
+        elbo, compared = _figures(pair, climb, held, seed)
     _log.info("fit ended: %s", climb.stop_reason)
     return Posterior(
         pair=pair,
@@ -177,7 +177,7 @@ def _fit(
         method=climb.method,
         backend=str(climb.engine),
         restarts=restarts,
-        notes=(*map(str, report.faults), *report.notes, *_other_than_the_elbo(pair)),
+        notes=(*map(str, report.faults), *report.notes, *climb.engine.notes, *_other(pair)),
         seconds=time.perf_counter() - begin,
         fitted_to=fingerprint(pair.data),
         held_out_rows=compared,
@@ -203,7 +203,7 @@ def _kept_aside(
     return split(as_arguments(data, model), share, seed) if share else (data, None)
 
 
-def _other_than_the_elbo(pair: Pair) -> Iterator[str]:
+def _other(pair: Pair) -> Iterator[str]:
     if pair.bound is not None:
         whose = "each row" if pair.bound.plate else "all data in one"
         yield f"climbed {pair.bound.objective}, with the weights of {whose}; the ELBO is reported"
@@ -212,6 +212,20 @@ def _other_than_the_elbo(pair: Pair) -> Iterator[str]:
 def _refusal(faults: tuple[Fault, ...]) -> str:
     fatal = [str(fault) for fault in faults if fault.fatal]
     return "the pair cannot be fitted: " + "; ".join(fatal)
+
+
+def _figures(
+    pair: Pair, climb: Climb | NetworkClimb, held: Arguments | None, seed: int
+) -> tuple[Estimate, HeldOut | None]:
+    """The ELBO, and how rows kept aside fare; Ctrl-C leaves what the climb knows of them."""
+    elbo = climb.stage_elbos[-1] if climb.stage_elbos else Estimate(math.nan, math.nan)
+    try:
+        elbo = _final_elbo(pair, seed)
+        manual_seed(stream(seed, "held out"))
+        return elbo, None if held is None else measure(pair, held, seed)
+    except KeyboardInterrupt:
+        climb.stop_reason, climb.converged = INTERRUPTED, False
+        return elbo, None
 
 
 def _final_elbo(pair: Pair, seed: int) -> Estimate:

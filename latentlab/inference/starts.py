@@ -30,7 +30,8 @@ from latentlab.guides import Arrow, Draws, Guide, Structured
 from latentlab.inference import objectives
 from latentlab.inference.pair import Pair
 from latentlab.inference.sandbox import manual_seed, stream
-from latentlab.inference.stages import evaluate, first_bad
+from latentlab.inference.stages import evaluate, first_bad_site
+from latentlab.inference.training import SINGULAR
 from latentlab.protocols import StartsFrom, owner_of
 
 __all__ = ["Starts"]
@@ -60,15 +61,16 @@ class Starts:
             ValueError: if there is none; the message names the site.
         """
         for attempt in range(_ATTEMPTS):
-            self._place(start, attempt)
-            manual_seed(stream(self.seed, "start", start, attempt))
-            with torch.no_grad():
-                weights = objectives.log_weights(self.pair, 4 if self.pair.vectorised else 1)
+            try:
+                self._place(start, attempt)
+                manual_seed(stream(self.seed, "start", start, attempt))
+                with torch.no_grad():
+                    weights = objectives.log_weights(self.pair, 4 if self.pair.vectorised else 1)
+            except SINGULAR:  # a matrix that is singular here may not be elsewhere
+                continue
             if torch.isfinite(weights).all():
                 return
-        with torch.no_grad():
-            draws = objectives.draw(self.pair, 1)
-            site, value = first_bad(objectives.site_log_probs(self.pair, draws))
+        site, value = first_bad_site(self.pair, 1, self.pair.data)
         raise ValueError(
             f"site {site!r}: its log-density is {value} at each of ten starts; "
             "look at its support and at the scale of its parents' priors"

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from latentlab.inference.bounds import draws_for
+from latentlab.inference.guards import Gauge, is_out_of_memory
 from latentlab.inference.modes import TrainingMode
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.sandbox import manual_seed, stream
@@ -50,6 +52,8 @@ class Engine:
     used: str = "eager"
     why: str = ""
     program: Program | None = field(default=None, repr=False)
+    notes: list[str] = field(default_factory=list)
+    _gauges: dict[int, Gauge] = field(default_factory=dict)
     _known: bool = False
     _trial: Compiled | None = None
 
@@ -77,7 +81,7 @@ class Engine:
         """
         if type(optimiser) is not torch.optim.Adam:
             self.why = "each row has latents of its own, which only its batches move"
-            return Eager(self.pair, optimiser, self.num_particles, batch, seed, mode)
+            return self._eager(optimiser, batch, seed, mode)
         if not self._known:
             self._known = True
             self.why = self._reason(optimiser, batch, mode, every, step) or ""
@@ -85,8 +89,43 @@ class Engine:
             if self.why and self.backend == "xla":
                 raise ValueError(f'backend: "xla" cannot run this pair: {self.why}')
         if self.program is None:
-            return Eager(self.pair, optimiser, self.num_particles, batch, seed, mode)
-        return Compiled(self.pair, optimiser, self.program, batch, seed, every)
+            return self._eager(optimiser, batch, seed, mode)
+        return Compiled(
+            self.pair, optimiser, self.program, batch, seed, every, self.gauge_of(seed)
+        )
+
+    def _eager(
+        self, optimiser: torch.optim.Optimizer, batch: Batches, seed: int, mode: TrainingMode
+    ) -> Eager:
+        gauge = self.gauge_of(seed)
+        return Eager(self.pair, optimiser, self.num_particles, batch, seed, mode, gauge)
+
+    def gauge_of(self, seed: int) -> Gauge:
+        """The gauge of the climb with this seed."""
+        return self._gauges.setdefault(seed, Gauge.of(self.pair.dtype))
+
+    def take_fewer(self, error: BaseException) -> None:
+        """Half the particles from here on, where memory ran out.
+
+        Arguments:
+            error: what was raised.
+
+        Raises:
+            MemoryError: if there are no fewer; the message says what to do.
+            BaseException: the error, if it is another one.
+        """
+        if not is_out_of_memory(error):
+            raise error
+        whole = draws_for(self.pair.bound, 1)
+        fewer = whole * (self.num_particles // whole // 2)
+        if not fewer:
+            raise MemoryError(
+                f"a step with num_particles={self.num_particles} does not fit in memory "
+                f"({(str(error).splitlines() or [''])[0]}); give batch_size= for some rows a step"
+            ) from error
+        before = self.num_particles
+        self.notes.append(f"memory ran out: num_particles={fewer} in the place of {before}")
+        self.num_particles, self._known, self.program, self._trial = fewer, False, None, None
 
     def _reason(
         self,
@@ -121,6 +160,10 @@ class Engine:
                 self._compare(self._trial, batch, step)
         except (UntraceableError, NotImplementedError) as error:
             return str(error)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return "memory ran out when it was compiled"
         self.program = program
         return None
 
@@ -162,6 +205,7 @@ class Eager:
     batch: Batches
     seed: int
     mode: TrainingMode
+    gauge: Gauge
     size: int = 1
 
     def take(self, first: int, rates: Sequence[float], attempt: int) -> tuple[list[float], Tensor]:
@@ -171,9 +215,8 @@ class Eager:
             group["lr"] = rate * group.get("unit", 1.0)
         manual_seed(stream(self.seed, "step", first, attempt))
         with self.mode:
-            value = step_of(
-                self.pair, self.num_particles, self.batch(first), first, self.optimiser
-            )
+            how = (self.batch(first), first, self.optimiser, self.gauge)
+            value = step_of(self.pair, self.num_particles, *how)
         return [value], torch.empty(0)
 
 
@@ -187,6 +230,7 @@ class Compiled:
         batch: the data of each step.
         seed: all noise comes from (seed, step).
         every: steps between two places that are remembered.
+        gauge: of the climb, if it is one.
     """
 
     def __init__(
@@ -197,11 +241,13 @@ class Compiled:
         batch: Batches,
         seed: int,
         every: int,
+        gauge: Gauge | None = None,
     ) -> None:
         from latentlab.inference.program import inputs, moving
         from latentlab.inference.xla import Steps
 
         self.pair, self.batch, self.seed, self.every = pair, batch, seed, every
+        self.gauge = gauge or Gauge.of(pair.dtype)
         numbers = sum(math.prod(noise.shape) for noise in program.noise)
         size = max(1, min(_STEPS, _NUMBERS // max(numbers, 1)))
         self.size = every * math.ceil(size / every)
@@ -227,7 +273,8 @@ class Compiled:
             attempt: how often steps from here have failed.
 
         Returns:
-            The ELBO at each step, NaN or infinite from the one on that failed; and the places of
+            The ELBO at each step, NaN or infinite from the one on that failed, all of them NaN
+            where one of several steps had a gradient far above all others; and the places of
             all parameters after every ``every`` steps, or after all of a number that is no
             multiple of it.
         """
@@ -241,7 +288,11 @@ class Compiled:
             weights = [kl_weight(self.pair, k) for k in steps]
         noise = program.draw(generator, weights)
         every = self.every if len(rates) % self.every == 0 else len(rates)
-        return self.steps.run(noise, rates, every, rows)
+        elbos, path = self.steps.run(noise, rates, every, rows)
+        name, slope = self.steps.steepest()
+        if all(map(math.isfinite, elbos)) and not self.gauge.accepts(name, slope, elbos[-1]):
+            return [math.nan] * len(elbos), path[:0]
+        return elbos, path
 
     def slope(self, noise: Sequence[Tensor], data: Arguments) -> tuple[float, list[Tensor]]:
         """The ELBO and the gradient of the loss for some noise and data, where the pair is now."""
