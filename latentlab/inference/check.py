@@ -37,6 +37,7 @@ from latentlab.inference.arguments import as_arguments, tell_columns, with_names
 from latentlab.inference.batches import chosen, follows_rows, num_rows, take
 from latentlab.inference.copying import copy_pair
 from latentlab.inference.faults import Fault
+from latentlab.inference.many_rows import adds_up, are_many, parts
 from latentlab.inference.modes import evaluation_mode
 from latentlab.inference.pair import (
     Arguments,
@@ -128,6 +129,7 @@ def prepare(
     data: Any = None,  # noqa: ANN401
     guide: Any = "auto",  # noqa: ANN401
     whole: Any = None,  # noqa: ANN401
+    in_batches: bool = False,
 ) -> tuple[Pair, PairReport]:
     """The fit's own copy of the pair, run, and what was found on the way.
 
@@ -137,6 +139,8 @@ def prepare(
         guide: as for :func:`check_pair`.
         whole: the data as they were given, where ``data`` are a part of them: what is told of
             rows is told of these.
+        in_batches: whether it is to be fitted to some rows at a time, so that a row may be taken
+            for what it is among all.
 
     Returns:
         The pair, ready for :mod:`latentlab.inference.objectives` where the report is ok.
@@ -157,7 +161,7 @@ def prepare(
     dtype = floating[0] if floating else torch.get_default_dtype()
     pair = Pair(model, guide_function, arguments, dtype)
     wants_guide = isinstance(guide, str) and guide == "auto"
-    found = _look_at_few(pair, wants_guide)
+    found = _look_at_few(pair, wants_guide, in_batches and accepts_size(model))
     if found is None:
         faults, note = _look_at_all(pair, wants_guide)
     else:
@@ -222,11 +226,13 @@ def _look_at_all(pair: Pair, wants_guide: bool) -> tuple[list[Fault], str | None
         return faults, note
 
 
-def _look_at_few(pair: Pair, wants_guide: bool) -> tuple[Pair, list[Fault], None] | None:
+def _look_at_few(
+    pair: Pair, wants_guide: bool, in_batches: bool
+) -> tuple[Pair, list[Fault], None] | None:
     """As :func:`_look_at_all`, at some rows of large data.
 
     A pair that follows its rows has the same sites at all of them, where then only their
-    log-densities are looked at.
+    log-densities are looked at; and so has one that adds them up.
 
     Returns:
         The pair and its faults; ``None`` where that will not do.
@@ -239,16 +245,22 @@ def _look_at_few(pair: Pair, wants_guide: bool) -> tuple[Pair, list[Fault], None
     some = take(pair.data, chosen(count, total, 0))
     few = replace(pair, data=some, store={"params": {}, "constraints": {}})
     try:
-        if not _may_follow(few, wants_guide):
+        may_add_up = in_batches and are_many(pair.data)
+        may_add_up = may_add_up and not isinstance(pair.guide, AutoGuide)  # made for its rows
+        if not may_add_up and not _may_follow(few, wants_guide):
             return None
         faults, note = _look_at_all(few, wants_guide)
     except Exception:  # as of a guide with numbers for each row; a look at all tells
         return None
-    if any(fault.fatal for fault in faults) or note is not None or not follows_rows(few):
+    if any(fault.fatal for fault in faults) or note is not None:
         return None
+    if not follows_rows(few):
+        with few.entered(seed=0):
+            few.in_parts = may_add_up and adds_up(few)
+        if not few.in_parts:
+            return None
     with few.entered(seed=0, validate=True):
-        for rows in torch.arange(total).split(_LARGE):
-            part = take(pair.data, rows)
+        for part in parts(pair.data, None if few.in_parts else _LARGE):
             if find.score(_run("model", few.model, part)):
                 return None  # named with its place among all rows
     _widen(few, count, total)

@@ -468,7 +468,7 @@ def _update(digest: Any, value: Any) -> None:  # noqa: ANN401
     if isinstance(value, Tensor):
         digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
         flat = value.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
+        digest.update(flat.view(torch.uint8).numpy())  # as it lies in memory, or in a file
     elif isinstance(value, list | tuple):
         digest.update(f"{type(value).__name__}{len(value)}".encode())
         for item in value:

@@ -13,6 +13,7 @@ from latentlab.diagnostics import Estimate
 from latentlab.guides import Flow, Guide
 from latentlab.inference.batches import follows_rows
 from latentlab.inference.bounds import draws_for
+from latentlab.inference.many_rows import glance
 from latentlab.inference.minibatches import batches_of
 from latentlab.inference.networks import NETWORK_RATE, NetworkClimb, has_networks
 from latentlab.inference.pair import Arguments, Pair
@@ -168,4 +169,4 @@ def few_threads(pair: Pair, batch_size: int | None) -> Iterator[None]:
 
 def some_rows(pair: Pair, seed: int) -> Pair:
     """The pair at so many rows as can be looked at again and again."""
-    return looked_at(pair, seed) if follows_rows(pair) else pair
+    return looked_at(pair, seed) if follows_rows(pair) else glance(pair, seed)

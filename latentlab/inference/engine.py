@@ -145,7 +145,8 @@ def _fit(
     begin, seed = time.perf_counter(), settings.seed
     fitted, held = _kept_aside(model, data, held_out, seed)
     try:
-        pair, report = prepare(model, fitted, guide, None if held is None else data)
+        whole, in_batches = None if held is None else data, settings.batch_size is not None
+        pair, report = prepare(model, fitted, guide, whole, in_batches)
         if not report.ok:
             raise ValueError(_refusal(report.faults))
     except (TypeError, ValueError) as error:

@@ -116,6 +116,8 @@ class Pair:
         baselines: what was seen at each of them, where a step has one draw.
         nesting: number of batch dimensions of the model.
         vectorised: whether many particles may go through the model at once.
+        in_parts: whether log p is added up over some rows after the other, see
+            :mod:`latentlab.inference.many_rows`.
         bound: what is climbed; ``None`` for the ELBO.
     """
 
@@ -135,6 +137,7 @@ class Pair:
     baselines: dict[str, Tensor] = field(default_factory=dict)
     nesting: int = 0
     vectorised: bool = False
+    in_parts: bool = False
     bound: Bound | None = None
 
     @contextmanager

@@ -61,6 +61,7 @@ _FALLEN = 4.0  # standard errors below, from which a stage has fallen
 _AT_REST = 1e-5  # posterior standard deviations, from end to end
 _FAILURES = 3  # steps without a finite loss, each tried again shorter and with new noise
 _EVALUATION_DRAWS, _EVALUATION_GROUPS = 256, 16
+_TOGETHER = 16  # particles where rows are added up
 _NETWORK_UNIT = 0.05  # weights of networks move by so much where other parameters move by one
 
 
@@ -431,6 +432,8 @@ def particle_chunk(pair: Pair, num_particles: int, elements: int = 2**22) -> int
     """How many particles go through the model at once, so that memory stays bounded."""
     if not pair.vectorised:
         return num_particles
+    if pair.in_parts:
+        return min(num_particles, _TOGETHER)
     size = sum(t.numel() for t in pair.data.tensors()) + sum(
         math.prod(shape) for shape in pair.shapes.values()
     )
