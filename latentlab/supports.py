@@ -56,6 +56,8 @@ _PLAIN = (
     "positive_ordered_vector",
     "softplus_positive",
     "sphere",
+    "boolean",
+    "one_hot",
 )
 _BOUNDED = {
     "interval": ("lower_bound", "upper_bound"),
@@ -63,7 +65,11 @@ _BOUNDED = {
     "greater_than": ("lower_bound",),
     "greater_than_eq": ("lower_bound",),
     "less_than": ("upper_bound",),
+    "integer_interval": ("lower_bound", "upper_bound"),
+    "multinomial": ("upper_bound",),
 }
+# Supports of whole numbers from one on, which torch has as one class.
+_WHOLE = {0: "nonnegative_integer", 1: "positive_integer"}
 
 
 @dataclass(frozen=True)
@@ -103,8 +109,21 @@ class Latent:
         return self.batch_shape + self.event_shape
 
     @property
+    def is_discrete(self) -> bool:
+        """Whether its values are separate; one that does not say is taken as continuous."""
+        try:
+            return bool(self.support.is_discrete)
+        except NotImplementedError:
+            return False
+
+    @property
     def free_shape(self) -> tuple[int, ...]:
-        """Shape of the site on the real line; a simplex has one number less."""
+        """Shape of the site on the real line, a discrete one left as it is.
+
+        A simplex has one number less.
+        """
+        if self.is_discrete:
+            return self.shape
         return tuple(self.transform.inverse_shape(Size(self.shape)))
 
     def spec(self) -> dict[str, Any]:
@@ -198,12 +217,14 @@ def support_spec(support: constraints.Constraint) -> dict[str, Any]:
     for name, bounds in _BOUNDED.items():
         if type(support) is getattr(constraints, name):
             return {"name": name} | {bound: _plain(getattr(support, bound)) for bound in bounds}
+    if type(support) is type(constraints.nonnegative_integer):
+        return {"name": _WHOLE[int(support.lower_bound)]}
     for name in _PLAIN:  # by type, for deepcopy makes further instances
         if type(support) is type(getattr(constraints, name)):
             return {"name": name}
     raise ValueError(
         f"support {_name(support)}: cannot be stored; expected one of "
-        f"{', '.join((*_PLAIN, *_BOUNDED))}"
+        f"{', '.join((*_PLAIN, *_BOUNDED, *_WHOLE.values()))}"
     )
 
 
@@ -222,7 +243,7 @@ def support_from_spec(spec: Mapping[str, Any]) -> constraints.Constraint:
     name = spec.get("name")
     if name == "independent":
         return constraints.independent(support_from_spec(spec["base"]), spec["dims"])
-    if name in _PLAIN:
+    if name in (*_PLAIN, *_WHOLE.values()):
         return getattr(constraints, name)
     if name in _BOUNDED:
         return getattr(constraints, name)(*(_bound(spec[bound]) for bound in _BOUNDED[name]))

@@ -239,27 +239,49 @@ def test_a_guide_on_a_part_of_the_support_is_noted():
     assert "only a part of the prior's Real;" in fault
 
 
-@pytest.mark.parametrize(
-    "distribution", [dist.Bernoulli(0.5), dist.Delta(torch.tensor(1.0)), dist.Poisson(1.0)]
-)
-def test_a_discrete_site_in_the_guide_is_named(distribution):
-    def labelled(x):
-        z = pyro.sample("z", dist.Bernoulli(0.5))
-        loc = pyro.sample("loc", dist.Normal(z, 1.0))
-        with ll.rows(x):
-            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+def labelled(x):
+    z = pyro.sample("z", dist.Categorical(torch.ones(3) / 3))
+    loc = pyro.sample("loc", dist.Normal(z.float(), 1.0))
+    with ll.rows(x):
+        pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
 
+
+@pytest.mark.parametrize(
+    ("distribution", "text"),
+    [
+        (dist.Delta(torch.tensor(1)), "is discrete: leave it out of the guide to have it summed"),
+        (dist.Poisson(3.0), "draws values from Poisson that it cannot have"),
+        (dist.Normal(0.0, 1.0), "draws values from Normal that it cannot have"),
+    ],
+)
+def test_other_values_of_a_discrete_site_in_the_guide_are_named(distribution, text):
     fault = only_fault(labelled, X, guide_of(scale=None, z=distribution))
     assert fault.startswith("site 'z': ")
-    assert "to have it summed out" in fault
+    assert text in fault
 
 
-def test_a_guide_without_a_reparameterised_gradient_is_named():
-    class Rejecting(dist.Normal):
-        has_rsample = False
+def test_a_discrete_guide_of_a_part_of_the_values_is_noted():
+    half = guide_of(scale=None, z=dist.Categorical(torch.ones(2) / 2))
+    fault = only_fault(labelled, X, half, fatal=False)
+    assert fault.startswith("site 'z': the guide's Categorical has only a part of the values")
 
-    fault = only_fault(model, X, guide_of(loc=Rejecting(0.0, 1.0)))
-    assert fault.startswith("site 'loc': the guide draws it from Rejecting, which has no reparam")
+
+class Rejecting(dist.Normal):
+    has_rsample = False
+
+
+@pytest.mark.parametrize(
+    ("which", "given", "name"),
+    [
+        (model, guide_of(loc=Rejecting(0.0, 1.0)), "loc"),
+        (labelled, guide_of(scale=None, z=dist.Categorical(torch.ones(3) / 3)), "z"),
+    ],
+)
+def test_how_a_guide_without_a_reparameterised_gradient_is_fitted_is_told(which, given, name):
+    report = check_pair(which, X, given)
+    assert report.faults == ()
+    (note,) = report.notes
+    assert note.startswith(f"site {name!r}: drawn by the guide without a reparameterised gradient")
 
 
 def test_a_latent_without_finite_support_cannot_be_summed_out():

@@ -48,7 +48,15 @@ OTHERS = {
     "softplus_lower_cholesky": constraints.softplus_lower_cholesky,
 }
 ALL = {name: support for name, (support, _) in BIJECTIVE.items()} | OTHERS
-REFUSED = [constraints.integer_interval(0, 3), constraints.boolean, constraints.dependent]
+DISCRETE = {
+    "integer_interval": constraints.integer_interval(0, 3),
+    "boolean": constraints.boolean,
+    "one_hot": constraints.one_hot,
+    "nonnegative_integer": constraints.nonnegative_integer,
+    "positive_integer": constraints.positive_integer,
+    "multinomial": constraints.multinomial(5),
+}
+ALL |= DISCRETE
 
 
 def free_of(shape, support, num=None):
@@ -89,10 +97,18 @@ def test_bounds_may_come_from_a_parameter():
     assert support_spec(constraints.greater_than(low))["lower_bound"] == 0.25
 
 
-@pytest.mark.parametrize("support", REFUSED)
-def test_unknown_supports_are_refused(support):
+def test_an_unknown_support_is_refused():
     with pytest.raises(ValueError, match=r"cannot be stored; expected one of real, positive"):
-        support_spec(support)
+        support_spec(constraints.dependent)
+
+
+@pytest.mark.parametrize("name", DISCRETE)
+def test_a_discrete_site_has_no_place_on_the_real_line(name):
+    latent = Latent("z", (2,), (3,), DISCRETE[name])
+    assert latent.is_discrete
+    assert latent.free_shape == (2, 3)
+    with pytest.raises(ValueError, match="no bijection from the real line"):
+        bijection(DISCRETE[name])
 
 
 @pytest.mark.parametrize("spec", [{"name": "moon"}, {}, {"name": "dependent"}])

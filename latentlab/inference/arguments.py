@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,9 @@ from latentlab.protocols import (
 
 __all__ = ["as_arguments", "cast", "tell_columns", "with_names"]
 
+_AS_THEY_LIE = ("f4", "f8", "i8", "i4", "u1", "b1")  # numbers in a file that torch computes with
+_LOOK = 2**20  # numbers that are looked at at once
+_SHARED = 2**25  # numbers of a tensor, above which there is no memory for a copy
 _COARSE = (torch.float16, torch.bfloat16)
 
 
@@ -50,7 +53,10 @@ def as_arguments(
 
     Returns:
         The arguments, copied, without a gradient, and the names of the columns where the first
-        of them has some.
+        of them has some. Arrays and tensors that lie in a file (``numpy.memmap``,
+        ``torch.from_file(..., shared=True)``) are read from there, as they are, and not copied;
+        nor are tensors of more than 2^25 numbers. That such data were changed after a fit is
+        found by their sha256.
 
     Raises:
         ValueError: for infinite values, NaN where the model does not know missing cells, no data.
@@ -166,8 +172,32 @@ class _Reader:
         if type(value).__module__.startswith("scipy.sparse"):
             as_rows(value, argument=argument)  # raises with the way out
         if _is_array(value):
+            mapped = self._mapped(value)
+            if mapped is not None:
+                self._check_finite(mapped, argument, ())
+                return mapped
             return self._array(np.ma.asarray(value), argument)
+        if isinstance(value, Iterator) or type(value).__module__.startswith("torch.utils.data"):
+            raise TypeError(
+                f"{argument}: expected data that can be looked at again and again, got a "
+                f"{type(value).__name__}; data larger than memory are written to a file once, as "
+                "with numpy.lib.format.open_memmap, and given as "
+                'numpy.load(path, mmap_mode="r"), with batch_size='
+            )
         return value
+
+    def _mapped(self, value: Any) -> Tensor | None:  # noqa: ANN401
+        """An array that lies in a file, as it lies there, if the model can compute with it."""
+        if not isinstance(value, np.memmap) or value.dtype.str[1:] not in _AS_THEY_LIE:
+            return None
+        with warnings.catch_warnings():  # that it is not to be written to, which nobody does
+            warnings.simplefilter("ignore")
+            try:
+                found = torch.from_numpy(value)
+            except (TypeError, ValueError):  # of another byte order, or read backwards
+                return None
+        fits = self.dtype is None or not found.is_floating_point() or found.dtype == self.dtype
+        return found if fits and found.is_contiguous() and found.numel() else None
 
     def _list(self, values: list, argument: str) -> Tensor | list:
         """An array of rows of one length; else a list, as of sequences."""
@@ -189,7 +219,7 @@ class _Reader:
         elif values.dtype.kind not in "biuf":
             as_rows(values, argument=argument)  # raises with the way out
         tensor = torch.from_numpy(np.array(values, dtype=_torch_dtype(values.dtype), order="C"))
-        return self._tensor(tensor, argument, dtype=self.dtype)
+        return self._tensor(tensor, argument, dtype=self.dtype, is_own=True)
 
     def _tensor(
         self,
@@ -197,6 +227,7 @@ class _Reader:
         argument: str,
         names: Sequence[str] = (),
         dtype: torch.dtype | None = None,
+        is_own: bool = False,
     ) -> Tensor:
         """A copy without a gradient, after a look at it."""
         if value.layout != torch.strided or value.is_nested or value.is_complex():
@@ -213,10 +244,12 @@ class _Reader:
         self._check_finite(value, argument, names)
         if dtype is not None and value.is_floating_point():
             value = cast(value, dtype, argument)
-        return value.detach().clone()
+        is_mapped = value.device.type == "cpu" and value.untyped_storage().filename is not None
+        shared = is_own or is_mapped or value.numel() > _SHARED
+        return value.detach() if shared else value.detach().clone()
 
     def _check_finite(self, value: Tensor, argument: str, names: Sequence[str]) -> None:
-        if not value.is_floating_point() or bool(torch.isfinite(value).all()):
+        if not value.is_floating_point() or _all_finite(value):
             return
         faults = [("inf", torch.isinf(value), "replace it by a number")]
         if not self.missing_ok:
@@ -231,6 +264,14 @@ class _Reader:
                 column = f" in column {names[first[1]]!r}" if names else ""
                 count = f"{argument} has {int(found.sum())} {what} (first at {first}){column}"
                 raise ValueError(f"{count}; {way}")
+
+
+def _all_finite(value: Tensor) -> bool:
+    """Whether all numbers are, some rows after the other: a mask of all of them is large."""
+    if value.dim() < 2:
+        return all(bool(torch.isfinite(part).all()) for part in value.reshape(-1).split(_LOOK))
+    rows = max(1, _LOOK // max(1, value[:1].numel()))
+    return all(bool(torch.isfinite(part).all()) for part in value.split(rows))
 
 
 def _stacked(rows: list) -> Tensor:

@@ -40,7 +40,10 @@ def chosen(count: int, total: int, seed: int) -> Tensor:
 
 
 class BatchRows:
-    """The rows of the mini-batch of a step: each row once in an epoch, then in another order.
+    """The rows of the mini-batch of a step: each row at most once in an epoch, in another order.
+
+    All batches have B rows, so that N / B scales each of them exactly: what is left of an epoch
+    after its last whole batch is left out, other rows in each epoch, and every row is as likely.
 
     Arguments:
         total: number of rows N.

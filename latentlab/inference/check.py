@@ -32,12 +32,13 @@ from latentlab.guides import (
     Structured,
 )
 from latentlab.inference import faults as find
-from latentlab.inference import objectives
+from latentlab.inference import objectives, score
 from latentlab.inference.arguments import as_arguments, tell_columns, with_names
 from latentlab.inference.batches import chosen, follows_rows, num_rows, take
 from latentlab.inference.copying import copy_pair
 from latentlab.inference.devices import CPU
 from latentlab.inference.faults import Fault
+from latentlab.inference.many_rows import adds_up, are_many, parts
 from latentlab.inference.modes import evaluation_mode
 from latentlab.inference.pair import (
     Arguments,
@@ -49,6 +50,7 @@ from latentlab.inference.pair import (
     plates_of,
 )
 from latentlab.inference.predictive import datum_plate
+from latentlab.inference.values import is_discrete, is_scored
 from latentlab.protocols import OffersGuide, ScalesToData, owner_of
 
 __all__ = ["Fault", "PairReport", "accepts_size", "bind", "check_pair", "learn", "prepare"]
@@ -129,6 +131,7 @@ def prepare(
     guide: Any = "auto",  # noqa: ANN401
     whole: Any = None,  # noqa: ANN401
     device: torch.device | None = None,
+    in_batches: bool = False,
 ) -> tuple[Pair, PairReport]:
     """The fit's own copy of the pair, run, and what was found on the way.
 
@@ -139,6 +142,8 @@ def prepare(
         whole: the data as they were given, where ``data`` are a part of them: what is told of
             rows is told of these.
         device: where the pair is to be; by default where the data are, else on the CPU.
+        in_batches: whether it is to be fitted to some rows at a time, so that a row may be taken
+            for what it is among all.
 
     Returns:
         The pair, ready for :mod:`latentlab.inference.objectives` where the report is ok.
@@ -164,12 +169,13 @@ def prepare(
     dtype = floating[0] if floating else torch.get_default_dtype()
     pair = Pair(model, guide_function, arguments, dtype, device=device)
     wants_guide = isinstance(guide, str) and guide == "auto"
-    found = _look_at_few(pair, wants_guide)
+    found = _look_at_few(pair, wants_guide, in_batches and accepts_size(model))
     if found is None:
         faults, note = _look_at_all(pair, wants_guide)
     else:
         pair, faults, note = found
-    return pair, PairReport(tuple(faults), _describe(pair), (note,) if note else ())
+    notes = tuple(text for text in (note, score.note(pair)) if text)
+    return pair, PairReport(tuple(faults), _describe(pair), notes)
 
 
 def _expect_program(function: object, role: str) -> None:
@@ -222,14 +228,19 @@ def _look_at_all(pair: Pair, wants_guide: bool) -> tuple[list[Fault], str | None
         faults += find.entangled(pair)
         if any(fault.fatal for fault in faults):
             return faults, None
-        return faults, objectives.verify_vectorised(pair)
+        note = objectives.verify_vectorised(pair)
+        pair.scored = score.apart(pair)
+        pair.baselines = {site: torch.zeros(2, dtype=pair.dtype) for site in pair.scored}
+        return faults, note
 
 
-def _look_at_few(pair: Pair, wants_guide: bool) -> tuple[Pair, list[Fault], None] | None:
+def _look_at_few(
+    pair: Pair, wants_guide: bool, in_batches: bool
+) -> tuple[Pair, list[Fault], None] | None:
     """As :func:`_look_at_all`, at some rows of large data.
 
     A pair that follows its rows has the same sites at all of them, where then only their
-    log-densities are looked at.
+    log-densities are looked at; and so has one that adds them up.
 
     Returns:
         The pair and its faults; ``None`` where that will not do.
@@ -242,16 +253,22 @@ def _look_at_few(pair: Pair, wants_guide: bool) -> tuple[Pair, list[Fault], None
     some = take(pair.data, chosen(count, total, 0))
     few = replace(pair, data=some, store={"params": {}, "constraints": {}})
     try:
-        if not _may_follow(few, wants_guide):
+        may_add_up = in_batches and are_many(pair.data)
+        may_add_up = may_add_up and not isinstance(pair.guide, AutoGuide)  # made for its rows
+        if not may_add_up and not _may_follow(few, wants_guide):
             return None
         faults, note = _look_at_all(few, wants_guide)
     except Exception:  # as of a guide with numbers for each row; a look at all tells
         return None
-    if any(fault.fatal for fault in faults) or note is not None or not follows_rows(few):
+    if any(fault.fatal for fault in faults) or note is not None:
         return None
+    if not follows_rows(few):
+        with few.entered(seed=0):
+            few.in_parts = may_add_up and adds_up(few)
+        if not few.in_parts:
+            return None
     with few.entered(seed=0, validate=True):
-        for rows in torch.arange(total).split(_LARGE):
-            part = take(pair.data, rows)
+        for part in parts(pair.data, None if few.in_parts else _LARGE):
             if find.score(_run("model", few.model, part)):
                 return None  # named with its place among all rows
     _widen(few, count, total)
@@ -309,6 +326,8 @@ def _look(pair: Pair, wants_guide: bool) -> list[Fault]:
         if isinstance(pair.guide, Guide | AutoGuide):
             faults += find.half_observed(traces[0])
         if isinstance(pair.guide, Guide):
+            if lost := [*find.unsummable(pair, traces[0])]:
+                return faults + lost
             if pair.latents or not _learns_by_itself(pair):
                 faults += find.own_guide_faults(pair, traces[0])
             faults += moving
@@ -319,6 +338,7 @@ def _look(pair: Pair, wants_guide: bool) -> list[Fault]:
         faults += find.score(guide_trace)
         _learn_guide(pair, traces[0], guide_trace)
         faults += find.cover_faults(pair, traces[0], guide_trace)
+        faults += find.unsummable(pair, traces[0])
         faults += find.pair_faults(pair, traces[0], guide_trace, {f.site for f in moving})
         if isinstance(pair.guide, AutoGuide):
             faults += moving
@@ -383,8 +403,8 @@ def _run(role: str, function: Callable, data: Arguments) -> Trace:
 
 def _learn_model(pair: Pair, trace: Trace) -> None:
     drawn = latents_of(trace)
-    pair.latents = tuple(latent_of(n, s) for n, s in drawn.items() if not find.is_discrete(s))
-    pair.summed_out = tuple(name for name, site in drawn.items() if find.is_discrete(site))
+    pair.latents = tuple(latent_of(n, s) for n, s in drawn.items() if not is_discrete(s))
+    pair.summed_out = tuple(name for name, site in drawn.items() if is_discrete(site))
     pair.observed = tuple(n for n, s in observed_of(trace).items() if not site_is_factor(s))
     pair.nesting = nesting_of(trace)
     pair.plates |= _plates(trace)
@@ -394,6 +414,9 @@ def _learn_model(pair: Pair, trace: Trace) -> None:
 def _learn_guide(pair: Pair, trace: Trace, guide_trace: Trace) -> None:
     drawn = latents_of(guide_trace)
     pair.summed_out = tuple(name for name in pair.summed_out if name not in drawn)
+    covered = {n: s for n, s in latents_of(trace).items() if n not in pair.summed_out}
+    pair.latents = tuple(latent_of(name, site) for name, site in covered.items())
+    pair.scored = {name: () for name, site in drawn.items() if is_scored(site)}
     pair.nesting = nesting_of(trace, guide_trace)
     pair.points = tuple(name for name, site in drawn.items() if isinstance(site["fn"], Delta))
     pair.noisy = len(pair.points) < len(drawn)

@@ -13,6 +13,7 @@ from latentlab.diagnostics import Estimate
 from latentlab.guides import Flow, Guide
 from latentlab.inference.batches import Batches, follows_rows
 from latentlab.inference.bounds import draws_for
+from latentlab.inference.many_rows import glance
 from latentlab.inference.minibatches import batches_of
 from latentlab.inference.networks import NETWORK_RATE, NetworkClimb, has_networks
 from latentlab.inference.pair import Arguments, Pair
@@ -148,7 +149,8 @@ def _affordable(pair: Pair, settings: Settings, batch_size: int | None) -> tuple
         4 if ours and pair.latents and size < _MANY_PARAMETERS else 1
     )
     many = pair.vectorised and _numbers(pair, batch_size) <= _CHEAP_ELEMENTS
-    num_particles = settings.num_particles or (8 if many else 1)
+    # The draws of a step are each other's baseline.
+    num_particles = settings.num_particles or (8 if many else 2 if pair.scored else 1)
     if pair.is_point():
         num_particles = 1  # a point is drawn without noise
     if settings.objective.num_samples > 1:
@@ -177,4 +179,4 @@ def few_threads(pair: Pair, batch_size: int | None) -> Iterator[None]:
 
 def some_rows(pair: Pair, seed: int) -> Pair:
     """The pair at so many rows as can be looked at again and again."""
-    return looked_at(pair, seed) if follows_rows(pair) else pair
+    return looked_at(pair, seed) if follows_rows(pair) else glance(pair, seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from latentlab.inference.ladder import ladder_for
 from latentlab.inference.manifest import manifest
 from latentlab.inference.minibatches import aligned_batch_size
 from latentlab.inference.modes import standing
-from latentlab.inference.networks import is_judged_by_row
+from latentlab.inference.networks import NetworkClimb, is_judged_by_row
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.posterior import Posterior
 from latentlab.inference.progress import progress_bar
@@ -34,7 +35,7 @@ from latentlab.inference.rows import DRAWS_OF_ROWS, elbo_of_rows
 from latentlab.inference.sandbox import manual_seed, stream
 from latentlab.inference.settings import Settings, bound_of
 from latentlab.inference.shards import share_out
-from latentlab.inference.stages import FitDivergedError, particle_chunk
+from latentlab.inference.stages import INTERRUPTED, Climb, FitDivergedError, particle_chunk
 from latentlab.objectives import ELBO, Objective
 from latentlab.protocols import HoldsOut, owner_of
 
@@ -127,7 +128,8 @@ def fit(
         ValueError: for data, settings or a pair that cannot be fitted, and for a checkpoint of
             another fit; each fault is named.
         OSError: for a checkpoint that cannot be written to, or that another process uses.
-        FitDivergedError: if the objective stays non-finite.
+        FitDivergedError: if the objective stays non-finite, or its gradient far above all before.
+        MemoryError: if a step with a single particle does not fit; with several, half are taken.
 
     References:
         | Stochastic variational inference (Hoffman et al., 2013)
@@ -166,7 +168,8 @@ def _fit(
     begin, seed = time.perf_counter(), settings.seed
     fitted, held = _kept_aside(model, data, held_out, seed)
     try:
-        pair, report = prepare(model, fitted, guide, None if held is None else data, device)
+        whole, in_batches = None if held is None else data, settings.batch_size is not None
+        pair, report = prepare(model, fitted, guide, whole, device, in_batches)
         if not report.ok:
             raise ValueError(_refusal(report.faults))
     except (TypeError, ValueError) as error:
@@ -189,8 +192,7 @@ def _fit(
         climbs = Climbs(pair, settings, batch_size, tick, held)
         ladder = ladder_for(pair, guide, batch_size is not None)
         climb, restarts, rungs = ladder.ascend(pair, seed, climbs.first, climbs.further)
-        elbo = _final_elbo(pair, seed)
-        compared = None if held is None else _compared(pair, held, seed)
+        elbo, compared = _figures(pair, climb, held, seed)
     pair.journal = Journal()
     pair.ranks = ALONE  # what is asked of a posterior is asked of each by itself
     if ranks.rank == 0:
@@ -207,7 +209,10 @@ def _fit(
         method=climb.method,
         backend=str(climb.engine),
         restarts=restarts,
-        notes=(*map(str, report.faults), *report.notes, *_other_notes(pair, ranks)),
+        notes=(
+            *(*map(str, report.faults), *report.notes),
+            *(*climb.engine.notes, *_other_notes(pair, ranks)),
+        ),
         seconds=time.perf_counter() - begin,
         fitted_to=fingerprint(pair.data),
         held_out_rows=compared,
@@ -243,6 +248,19 @@ def _other_notes(pair: Pair, ranks: Ranks) -> Iterator[str]:
 def _refusal(faults: tuple[Fault, ...]) -> str:
     fatal = [str(fault) for fault in faults if fault.fatal]
     return "the pair cannot be fitted: " + "; ".join(fatal)
+
+
+def _figures(
+    pair: Pair, climb: Climb | NetworkClimb, held: Arguments | None, seed: int
+) -> tuple[Estimate, HeldOut | None]:
+    """The ELBO, and how rows kept aside fare; Ctrl-C leaves what the climb knows of them."""
+    elbo = climb.stage_elbos[-1] if climb.stage_elbos else Estimate(math.nan, math.nan)
+    try:
+        elbo = _final_elbo(pair, seed)
+        return elbo, None if held is None else _compared(pair, held, seed)
+    except KeyboardInterrupt:
+        climb.stop_reason, climb.converged = INTERRUPTED, False
+        return elbo, None
 
 
 def _compared(pair: Pair, held: Arguments, seed: int) -> HeldOut:

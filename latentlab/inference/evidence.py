@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyro.poutine as poutine
@@ -38,6 +38,7 @@ from latentlab.diagnostics import (
 )
 from latentlab.guides import Draws, DrawsRows, Flow, FullRank, Guide
 from latentlab.inference import objectives
+from latentlab.inference.figures import by_kind
 from latentlab.inference.stages import chunks, particle_chunk
 from latentlab.protocols import Describes, owner_of
 
@@ -188,7 +189,7 @@ def gather(posterior: Posterior, num_samples: int | None, seed: int | None) -> E
         is_flow=isinstance(pair.guide, Flow),
         ladder=tuple(map(str, posterior.ladder)),
         blocks=blocks,
-        moments=_moments(draws, blocks),
+        moments=_moments(draws, blocks, {z.name: z.support for z in pair.latents}),
         elbo=posterior.elbo if parts else Estimate.from_draws(log_weights),
         recorded_elbo=posterior.elbo,
         other_data=bool(posterior.fitted_to) and fingerprint(pair.data) != posterior.fitted_to,
@@ -217,19 +218,25 @@ def _own_parts(posterior: Posterior) -> tuple[str, ...]:
     )
 
 
-def _moments(draws: Mapping[str, Tensor], blocks: tuple[Block, ...]) -> Moments | None:
+def _moments(
+    draws: Mapping[str, Tensor], blocks: tuple[Block, ...], supports: Mapping[str, Any]
+) -> Moments | None:
     """Errors of every figure, where one set of weights speaks for all latents and is reliable."""
     results = [block.result for block in blocks]
     if not draws or len(results) != 1 or not isinstance(results[0], Psis):
         return None
     if results[0].khat > _RELIABLE:
         return None
-    names = [
-        f"{site}[{', '.join(map(str, index))}]" if index else site
-        for site, value in draws.items()
-        for index in np.ndindex(*value.shape[1:])
-    ]
-    flat = torch.cat([value.reshape(len(value), -1) for value in draws.values()], -1)
+    names: list[str] = []
+    parts: list[Tensor] = []
+    for site, value in draws.items():
+        labels = [
+            f"{site}[{', '.join(map(str, index))}]" if index else site
+            for index in np.ndindex(*value.shape[1:])
+        ]
+        labels, flat = by_kind(labels, value, supports[site])
+        names, parts = [*names, *labels], [*parts, flat]
+    flat = torch.cat(parts, -1)
     return Moments(tuple(names), moment_errors(flat, results[0].log_weights))
 
 

@@ -20,10 +20,11 @@ from pyro.nn import PyroModule
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_factor
 from torch import Tensor
-from torch.distributions import constraints
 
 from latentlab.inference import objectives
 from latentlab.inference.pair import Pair, latents_of, modules_of, observed_of, plates_of
+from latentlab.inference.values import all_inside, goes_beyond, is_discrete, is_same, name_of
+from latentlab.protocols import Anneals, owner_of
 from latentlab.supports import bijection
 
 __all__ = [
@@ -39,11 +40,13 @@ __all__ = [
     "repeated",
     "score",
     "unregistered",
+    "unsummable",
     "unsteady",
     "unused",
 ]
 
 
+_LOOKS = 50  # draws of a site, to learn its values
 _MOST_DIMS = 60  # torch has 64, some of which others need
 
 
@@ -110,7 +113,7 @@ def _outside(site: Mapping[str, Any]) -> str | None:
     value = site["value"].expand(*inside.shape, *event)[tuple(index)].tolist()
     return (
         f"the value {value} observed at {index} is outside of the support "
-        f"{_name(site['fn'].support)}; correct the data, or take another distribution"
+        f"{name_of(site['fn'].support)}; correct the data, or take another distribution"
     )
 
 
@@ -124,14 +127,21 @@ def model_faults(trace: Trace) -> Iterator[Fault]:
             "", "the model observes nothing: its posterior is its prior; add obs= to a site", False
         )
     for name, site in latents_of(trace).items():
-        if is_discrete(site) and not site["fn"].has_enumerate_support:
+        if isinstance(site["fn"], Delta):
+            yield Fault(name, "is a Delta, which has one value only; use pyro.deterministic")
+
+
+def unsummable(pair: Pair, trace: Trace) -> Iterator[Fault]:
+    """Discrete latents that are to be summed out, and cannot be."""
+    for name in pair.summed_out:
+        fn: Any = trace.nodes[name]["fn"]
+        if not fn.has_enumerate_support:
             yield Fault(
                 name,
-                f"is discrete ({type(site['fn']).__name__}) with no finite support, so it cannot "
-                "be summed out; use a distribution with a finite support, or a continuous one",
+                f"is discrete ({type(fn).__name__}) with no finite support, so it cannot be "
+                "summed out; use a distribution with a finite support, or a continuous one, or "
+                "write a guide that draws it",
             )
-        elif isinstance(site["fn"], Delta):
-            yield Fault(name, "is a Delta, which has one value only; use pyro.deterministic")
 
 
 def repeated(trace: Trace) -> Iterator[Fault]:
@@ -234,11 +244,11 @@ def moving_supports(pair: Pair, trace: Trace, other: Trace) -> Iterator[Fault]:
     first, second = latents_of(trace), latents_of(other)
     for latent in pair.latents:
         support = second[latent.name]["fn"].support
-        if not _same(first[latent.name]["fn"].support, support):
+        if not is_same(first[latent.name]["fn"].support, support):
             yield Fault(
                 latent.name,
-                f"its support {_name(support)} depends on other latents, which this guide cannot "
-                "follow; draw a share of the range, as from Uniform(0, 1), and scale it",
+                f"its support {name_of(support)} depends on other latents, which this guide "
+                "cannot follow; draw a share of the range, as from Uniform(0, 1), and scale it",
             )
 
 
@@ -331,8 +341,8 @@ def own_guide_faults(pair: Pair, trace: Trace) -> Iterator[Fault]:
         except ValueError:
             yield Fault(
                 latent.name,
-                f"has the support {_name(latent.support)}, to which there is no map from the real "
-                "line; write a guide for it",
+                f"has the support {name_of(latent.support)}, to which there is no map from the "
+                "real line; write a guide for it",
             )
         if _subsampled(latents_of(trace)[latent.name]):
             yield Fault(latent.name, _UNALIGNED)
@@ -373,6 +383,13 @@ def pair_faults(
                 yield from _support_faults(name, site, in_guide[name])
             if _subsampled(site) and not _follows(pair, trace, site):
                 yield Fault(name, _UNALIGNED)
+    owner = owner_of(pair.model)
+    if pair.scored and isinstance(owner, Anneals) and owner.free_bits:
+        yield Fault(
+            next(iter(pair.scored)),
+            "the guide draws it without a reparameterised gradient, for which there are no free "
+            "bits; set free_bits=0",
+        )
 
 
 def _site_faults(
@@ -384,18 +401,11 @@ def _site_faults(
     if expected != given:
         yield Fault(name, f"has shape {expected} in the model but {given} in the guide")
         return
-    if not fn.has_rsample and not is_point:
-        yield Fault(
-            name,
-            f"the guide draws it from {type(fn).__name__}, which has no reparameterised gradient; "
-            "leave a discrete latent out of the guide to have it summed out",
-        )
-        return
     if is_point and is_discrete(site):
         yield Fault(name, "is discrete: leave it out of the guide to have it summed out")
         return
     missing = {p for p, _, _ in plates_of(site)} - {p for p, _, _ in plates_of(guide_site)}
-    if not is_point and not _same(*scales):
+    if not is_point and not is_same(*scales):
         yield Fault(
             name,
             f"has scale {scales[0]} in the model but {scales[1]} in the guide; put it in the same "
@@ -414,16 +424,19 @@ def _support_faults(
     name: str, site: Mapping[str, Any], guide_site: Mapping[str, Any]
 ) -> Iterator[Fault]:
     prior, fn = site["fn"], guide_site["fn"]
-    if site["value"].shape != guide_site["value"].shape or is_discrete(guide_site):
+    if site["value"].shape != guide_site["value"].shape:
+        return
+    if is_discrete(site) and not isinstance(fn, Delta):
+        yield from _values_faults(name, prior, fn)
         return
     try:
         inside = bool(prior.support.check(guide_site["value"].detach()).all())
-        same = isinstance(fn, Delta) or _same(fn.support, prior.support)
-        guide_leaves = not same and _leaves(fn.support, prior.support, guide_site["value"])
-        prior_leaves = not same and _leaves(prior.support, fn.support, guide_site["value"])
+        same = isinstance(fn, Delta) or is_same(fn.support, prior.support)
+        guide_leaves = not same and goes_beyond(fn.support, prior.support, guide_site["value"])
+        prior_leaves = not same and goes_beyond(prior.support, fn.support, guide_site["value"])
     except (NotImplementedError, ValueError):  # no support, or none with a known map
         return
-    supports = _name(prior.support), _name(fn.support)
+    supports = name_of(prior.support), name_of(fn.support)
     if not inside or guide_leaves:
         what = "its value" if isinstance(fn, Delta) else f"its support {supports[1]}"
         yield Fault(
@@ -440,11 +453,22 @@ def _support_faults(
         )
 
 
-def _leaves(support: constraints.Constraint, other: constraints.Constraint, like: Tensor) -> bool:
-    """Whether points all over a support are not all in another one."""
-    transform = bijection(support)
-    free = 3 * torch.randn(100, *transform.inverse_shape(like.shape))
-    return not bool(other.check(transform(free)).all())
+def _values_faults(name: str, prior: Any, fn: Any) -> Iterator[Fault]:  # noqa: ANN401
+    """Values of a discrete site that one of the two has, and the other has not."""
+    kinds = type(prior).__name__, type(fn).__name__
+    if not all(all_inside(fn, prior) for _ in range(_LOOKS)):
+        yield Fault(
+            name,
+            f"is discrete ({kinds[0]}), and the guide draws values from {kinds[1]} that it cannot "
+            "have; use a distribution on the same values",
+        )
+    elif not all(all_inside(prior, fn) for _ in range(_LOOKS)):
+        yield Fault(
+            name,
+            f"the guide's {kinds[1]} has only a part of the values of the prior's {kinds[0]}; the "
+            "rest gets no mass",
+            fatal=False,
+        )
 
 
 def _subsampled(site: Mapping[str, Any]) -> bool:
@@ -467,31 +491,3 @@ def _follows(pair: Pair, trace: Trace, site: Mapping[str, Any]) -> bool:
         if f.full_size not in (None, f.size)
     )
     return drawn or pair.guide.create_plates is not None
-
-
-# ---- supports ---------------------------------------------------------------------------------
-
-
-def is_discrete(site: Mapping[str, Any]) -> bool:
-    """Whether a site takes separate values; one that does not say is taken as continuous."""
-    try:
-        return bool(site["fn"].support.is_discrete)
-    except NotImplementedError:
-        return False
-
-
-def _same(a: object, b: object) -> bool:
-    """Whether two supports, or what they are made of, are equal."""
-    if isinstance(a, constraints.Constraint):
-        return type(a) is type(b) and _same(vars(a), vars(b))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, Tensor | float | int) and isinstance(b, Tensor | float | int):
-        return torch.equal(*(torch.as_tensor(v, dtype=torch.float64) for v in (a, b)))
-    return a == b
-
-
-def _name(support: constraints.Constraint) -> str:
-    return str(support).removesuffix("()")

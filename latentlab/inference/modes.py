@@ -77,9 +77,10 @@ class TrainingMode:
                     kept[f"buffer.{k}.{name}"] = buffer
 
     def moving(self) -> dict[str, Tensor]:
-        """What steps move, by name: weights, and running means that networks keep of batches."""
+        """What steps move, by name: weights, and running means, of batches or of baselines."""
         weights = {name: value.detach() for name, value in self._pair.parameters().items()}
-        return weights | self._buffers
+        past = {f"baseline.{site}": value for site, value in self._pair.baselines.items()}
+        return weights | self._buffers | past
 
     def others(self) -> dict[str, Tensor]:
         """What else steps may move, by name: counts of batches, buffers of a user's modules."""

@@ -281,7 +281,12 @@ class NetworkClimb:
             left = num_steps - k
             size = min(run.stepper.size, left % _AVERAGE_EVERY or left)
             rates = [run.rate / 2**failures] * size
-            elbos, path = run.stepper.take(self.num_steps, rates, failures)
+            try:
+                elbos, path = run.stepper.take(self.num_steps, rates, failures)
+            except (MemoryError, RuntimeError) as error:
+                self.engine.take_fewer(error)
+                run.stepper = self._at(run.rate).stepper
+                continue
             taken = self._note(elbos)
             k += taken
             if taken < size:
@@ -346,6 +351,8 @@ class NetworkClimb:
         return [part.view_as(p) for part, p in zip(parts, like, strict=True)]
 
     def _first_bad_site(self) -> tuple[str, float]:
+        if steep := self.engine.gauge_of(self.seed).where:
+            return steep
         manual_seed(stream(self.seed, "step", self.num_steps, _FAILURES))
         with self._mode:
             return first_bad_site(self.pair, self.num_particles, self.batch(self.num_steps))

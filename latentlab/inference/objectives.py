@@ -170,6 +170,8 @@ def log_joint(pair: Pair, draws: Draws, data: Arguments | None = None) -> Tensor
         draws: draws of the latents, as :func:`draw` returns them.
         data: the observations, by default the pair's own data.
     """
+    if pair.in_parts and data is None and not torch.is_grad_enabled():
+        return _added_up(pair, draws)
     return _score(pair, pair.model, draws, data or pair.data)
 
 
@@ -184,6 +186,19 @@ def log_joint_of_all(pair: Pair, draws: Draws) -> Tensor:
     if part is None:
         return log_joint(pair, draws)
     return pair.ranks.mean(log_joint(pair, draws, part))
+
+
+def _added_up(pair: Pair, draws: Draws) -> Tensor:
+    """Log-density (P,) of the model, from some rows after the other."""
+    from latentlab.inference.many_rows import parts
+
+    plate, total = pair.rows_plate(), torch.zeros(len(draws), dtype=torch.float64)
+    for k, part in enumerate(parts(pair.data)):
+        found = _site_log_probs(pair, pair.model, draws, part)
+        local = {n for n in found if plate in {name for name, _, _ in pair.plates[n]}}
+        kept = {n: v for n, v in found.items() if n in local or not k}  # the others count once
+        total += per_particle(kept, len(draws), pair.nesting)
+    return total.to(draws.log_q.dtype)
 
 
 def log_weights(pair: Pair, num_particles: int) -> Tensor:

@@ -111,15 +111,21 @@ class Pair:
         data: what both are called with.
         dtype: torch's default dtype while they run.
         store: state of Pyro's parameter store.
-        latents: the continuous sites a guide covers.
+        latents: the sites a guide covers: all continuous ones, and discrete ones that a guide of
+            the user's own draws.
         summed_out: discrete sites that are enumerated and summed out.
         observed: observed sites, those of ``pyro.factor`` aside: they cannot be drawn.
         shapes: shape of one value of every site of the model and the guide.
         plates: name, size and dimension of the plates of every such site.
         points: sites of the guide that are point masses, functions of its other sites.
         noisy: whether the guide has a site that is not a point mass.
+        scored: sites of the guide whose draws do not move with its parameters, and the plates of
+            each whose elements are independent, see :mod:`latentlab.inference.score`.
+        baselines: what was seen at each of them, where a step has one draw.
         nesting: number of batch dimensions of the model.
         vectorised: whether many particles may go through the model at once.
+        in_parts: whether log p is added up over some rows after the other, see
+            :mod:`latentlab.inference.many_rows`.
         bound: what is climbed; ``None`` for the ELBO.
         journal: where the parts of the fit are kept, while it runs.
         device: where all of it is.
@@ -138,8 +144,11 @@ class Pair:
     plates: dict[str, tuple[tuple[str, int, int], ...]] = field(default_factory=dict)
     points: tuple[str, ...] = ()
     noisy: bool = False
+    scored: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    baselines: dict[str, Tensor] = field(default_factory=dict)
     nesting: int = 0
     vectorised: bool = False
+    in_parts: bool = False
     bound: Bound | None = None
     journal: Journal = field(default_factory=Journal, repr=False, compare=False)
     device: torch.device = CPU

@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyro
 import pyro.poutine as poutine
 import torch
@@ -228,10 +227,12 @@ class Posterior:
             return predictive.mean_density(*self._density(arguments, num_samples))
 
     def summary(self, num_samples: int | None = None, seed: int | None = None) -> pd.DataFrame:
-        """Mean, sd and quantiles of every continuous latent, in the units of the data.
+        """Mean, sd and quantiles of every latent of the guide, in the units of the data.
 
         Components that may swap labels are aligned first. ``mcse`` is the Monte Carlo standard
-        error of the mean. Discrete latents have no such figures: count their draws in ``sample``.
+        error of the mean. A discrete latent that the guide draws has a line for each of its kinds,
+        whose mean is how often it is that kind. Those that are summed out have no such figures:
+        count their draws in ``sample``.
 
         Arguments:
             num_samples: draws S behind the figures; by default 4000, fewer for very many latents.
@@ -242,16 +243,18 @@ class Posterior:
         """
         import pandas as pd
 
+        from latentlab.inference.figures import frame_of
+
         num_latents = sum(math.prod(z.shape) for z in self.pair.latents)
         if num_samples is None:
             num_samples = min(4000, max(200, _DRAWN_ELEMENTS // max(num_latents, 1)))
         num_samples = as_count(num_samples, "num_samples", minimum=2)
-        frames = []
+        frames, supports = [], {z.name: z.support for z in self.pair.latents}
         for site, draws in self._aligned(num_samples, seed).draws.items():
             labels = labels_of(self.pair, site, tuple(draws.shape[1:]))
-            frames.append(pd.DataFrame({"site": site, "index": labels, **_figures(draws)}))
+            frames.append(frame_of(site, labels, draws, supports[site]))
         if not frames:
-            return pd.DataFrame(columns=["site", "index", *_figures(torch.zeros(2, 1))])
+            return frame_of("", [""], torch.zeros(2, 1), None).head(0)
         return pd.concat(frames, ignore_index=True)
 
     def check(self, num_samples: int | None = None, seed: int | None = None) -> Verdict:
@@ -344,7 +347,7 @@ class Posterior:
     def _weighted(
         self, num_samples: int, seed: int | None, keep: bool = False
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Draws of the continuous latents, site -> (S, ...), if kept; their log weights (S,)."""
+        """Draws of the guide's latents, site -> (S, ...), if kept; their log weights (S,)."""
         self._need_data("log_weights")
         num_samples = as_count(num_samples, "num_samples")
         chunk = particle_chunk(self.pair, num_samples)
@@ -464,15 +467,3 @@ class Posterior:
             return Alignment(draws, same, Estimate(0.0, 0.0))
         aligned = align({k: draws[k] for k in self._axes}, self._axes)
         return Alignment(draws | dict(aligned.draws), aligned.permutations, aligned.switched)
-
-
-def _figures(draws: Tensor) -> dict[str, np.ndarray]:
-    """Mean, sd, quantiles and standard error of the mean of every number of draws (S, ...)."""
-    flat = draws.reshape(len(draws), -1).numpy(force=True).astype(float)  # (S, L)
-    mean = flat.mean(0)
-    flat -= mean
-    unit = np.maximum(np.abs(flat).max(0), 1e-300)  # the square of a tiny number is zero
-    sd = unit * (flat / unit).std(0, ddof=1)
-    q05, q50, q95 = mean + np.quantile(flat, (0.05, 0.5, 0.95), axis=0)
-    mcse = sd / len(flat) ** 0.5
-    return {"mean": mean, "sd": sd, "q05": q05, "q50": q50, "q95": q95, "mcse": mcse}

@@ -85,9 +85,10 @@ class Place:
     @classmethod
     def of(cls, draws: Mapping[str, Tensor]) -> Place:
         """The place of draws (P, ...)."""
+        numbers = {k: v if v.is_floating_point() else v.double() for k, v in draws.items()}
         return cls(
-            {site: value.mean(0) for site, value in draws.items()},
-            {site: value.std(0, correction=0) for site, value in draws.items()},
+            {site: value.mean(0) for site, value in numbers.items()},
+            {site: value.std(0, correction=0) for site, value in numbers.items()},
         )
 
 

@@ -124,6 +124,12 @@ def bound_of(pair: Pair, objective: Objective) -> Bound | None:
             f"objective: {name} weighs draws of a guide, and this pair's is a point: all of them "
             "are the same; take a guide with a spread, or ELBO()"
         )
+    if pair.scored:
+        raise ValueError(
+            f"objective: {name} needs draws that move with the guide, and site "
+            f"{next(iter(pair.scored))!r} has no reparameterised gradient; take ELBO(), or leave "
+            "a discrete site out of the guide to have it summed out"
+        )
     owner = owner_of(pair.model)
     if isinstance(owner, Anneals) and owner.free_bits:
         raise ValueError(

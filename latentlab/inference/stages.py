@@ -64,24 +64,27 @@ _FALLEN = 4.0  # standard errors below, from which a stage has fallen
 _AT_REST = 1e-5  # posterior standard deviations, from end to end
 _FAILURES = 3  # steps without a finite loss, each tried again shorter and with new noise
 _EVALUATION_DRAWS, _EVALUATION_GROUPS = 256, 16
+_TOGETHER = 16  # particles where rows are added up
 _NETWORK_UNIT = 0.05  # weights of networks move by so much where other parameters move by one
 
 
 class FitDivergedError(RuntimeError):
-    """The objective was not finite at some step, three times in a row.
+    """The objective was not finite at some step, or its gradient ran off, three times in a row.
 
     Arguments:
-        step: the step at which it happened.
-        site: the site whose log-density was not finite.
-        value: the first bad log-density.
+        step: the step at which it happened, or the first of some that were taken in one call.
+        site: the site whose log-density was not finite, or the parameter whose gradient ran off.
+        value: the first bad log-density, or that gradient.
     """
 
     def __init__(self, step: int, site: str, value: float) -> None:
         self.step, self.site, self.value = step, site, value
+        what = f"the log-density of site {site!r} is {value}"
+        if math.isfinite(value):
+            what = f"the gradient of parameter {site!r} is {value:.3g}, far above all before it"
         super().__init__(
-            f"the fit diverged at step {step}: the log-density of site {site!r} is {value}; three "
-            "smaller steps did not help. Look at the scale of that site's prior, or standardise "
-            "the data"
+            f"the fit diverged at step {step}: {what}; three smaller steps did not help. Look at "
+            "the scale of that site's prior, or standardise the data"
         )
 
 
@@ -266,7 +269,12 @@ class Climb:
             ahead = range(k, min(k + stepper.size, num_steps))
             decays = [0.02 ** (i / num_steps) if falling else 1.0 for i in ahead]
             rates = [rate * halved * decay for decay in decays]
-            elbos, path = stepper.take(self.num_steps, rates, failures)
+            try:
+                elbos, path = stepper.take(self.num_steps, rates, failures)
+            except (MemoryError, RuntimeError) as error:
+                self.engine.take_fewer(error)
+                stepper = self._stepper(optimiser, trail.every)
+                continue
             taken = self._note(elbos)
             k += taken
             if taken < len(elbos):
@@ -354,6 +362,8 @@ class Climb:
         self._note([-loss for loss in go_to(self.pair, part)])
 
     def _first_bad_site(self) -> tuple[str, float]:
+        if steep := self.engine.gauge_of(self.seed).where:
+            return steep
         manual_seed(stream(self.seed, "step", self.num_steps, 3))
         with self._mode:
             return first_bad_site(self.pair, self.num_particles, self.pair.data)
@@ -452,12 +462,18 @@ def evaluate(pair: Pair, draws: Draws) -> Estimate:
         draws: P draws of its guide.
 
     Returns:
-        Mean and standard error of log p(x, z) - log q(z).
+        Mean and standard error of log p(x, z) - log q(z), NaN where a matrix is singular.
     """
-    with torch.no_grad():
-        weights = torch.cat(
-            [objectives.log_joint_of_all(pair, part) - part.log_q for part in chunks(pair, draws)]
-        )
+    try:
+        with torch.no_grad():
+            weights = torch.cat(
+                [
+                    objectives.log_joint_of_all(pair, part) - part.log_q
+                    for part in chunks(pair, draws)
+                ]
+            )
+    except SINGULAR:
+        return Estimate(math.nan, math.nan)
     return Estimate.from_draws(weights) if len(weights) > 1 else Estimate(float(weights[0]), 0.0)
 
 
@@ -471,6 +487,8 @@ def particle_chunk(pair: Pair, num_particles: int, elements: int = 2**22) -> int
     """How many particles go through the model at once, so that memory stays bounded."""
     if not pair.vectorised:
         return num_particles
+    if pair.in_parts:
+        return min(num_particles, _TOGETHER)
     size = sum(t.numel() for t in pair.data.tensors()) + sum(
         math.prod(shape) for shape in pair.shapes.values()
     )

@@ -34,7 +34,8 @@ from latentlab.inference.modes import standing
 from latentlab.inference.pair import Pair
 from latentlab.inference.replay import done, go_to
 from latentlab.inference.sandbox import manual_seed, stream
-from latentlab.inference.stages import evaluate, first_bad
+from latentlab.inference.stages import evaluate, first_bad_site
+from latentlab.inference.training import SINGULAR
 from latentlab.protocols import StartsFrom, owner_of
 
 __all__ = ["Starts"]
@@ -78,18 +79,19 @@ class Starts:
 
     def _try(self, start: int) -> None:
         for attempt in range(_ATTEMPTS):
-            self._place(start, attempt)
-            manual_seed(stream(self.seed, "start", start, attempt))
-            with torch.no_grad():
-                weights = objectives.log_weights(self.pair, 4 if self.pair.vectorised else 1)
+            try:
+                self._place(start, attempt)
+                manual_seed(stream(self.seed, "start", start, attempt))
+                with torch.no_grad():
+                    weights = objectives.log_weights(self.pair, 4 if self.pair.vectorised else 1)
+            except SINGULAR:  # a matrix that is singular here may not be elsewhere
+                continue
             if torch.isfinite(weights).all():
                 return
         raise self._hopeless()
 
     def _hopeless(self) -> ValueError:
-        with torch.no_grad():
-            draws = objectives.draw(self.pair, 1)
-            site, value = first_bad(objectives.site_log_probs(self.pair, draws))
+        site, value = first_bad_site(self.pair, 1, self.pair.data)
         return ValueError(
             f"site {site!r}: its log-density is {value} at each of ten starts; "
             "look at its support and at the scale of its parents' priors"

@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from latentlab.inference.bounds import draws_for
 from latentlab.inference.devices import CPU
+from latentlab.inference.guards import Gauge, is_out_of_memory
 from latentlab.inference.journal import Part
 from latentlab.inference.lazy_adam import LazyAdam
 from latentlab.inference.modes import TrainingMode, standing
@@ -53,6 +56,8 @@ class Engine:
     used: str = "eager"
     why: str = ""
     program: Program | None = field(default=None, repr=False)
+    notes: list[str] = field(default_factory=list)
+    _gauges: dict[int, Gauge] = field(default_factory=dict)
     _known: bool = False
     _trial: Compiled | None = None
 
@@ -80,7 +85,7 @@ class Engine:
         """
         if type(optimiser) is not torch.optim.Adam:
             self.why = "each row has latents of its own, which only its batches move"
-            return Eager(self.pair, optimiser, self.num_particles, batch, seed, mode, every)
+            return self._eager(optimiser, batch, seed, mode, every)
         if not self._known:
             self._known = True
             self.why = self._reason(optimiser, batch, mode, every, step) or ""
@@ -88,8 +93,48 @@ class Engine:
             if self.why and self.backend == "xla":
                 raise ValueError(f'backend: "xla" cannot run this pair: {self.why}')
         if self.program is None:
-            return Eager(self.pair, optimiser, self.num_particles, batch, seed, mode, every)
-        return Compiled(self.pair, optimiser, self.program, batch, seed, every)
+            return self._eager(optimiser, batch, seed, mode, every)
+        return Compiled(
+            self.pair, optimiser, self.program, batch, seed, every, self.gauge_of(seed)
+        )
+
+    def _eager(
+        self,
+        optimiser: torch.optim.Optimizer,
+        batch: Batches,
+        seed: int,
+        mode: TrainingMode,
+        every: int,
+    ) -> Eager:
+        gauge = self.gauge_of(seed)
+        return Eager(self.pair, optimiser, self.num_particles, batch, seed, mode, every, gauge)
+
+    def gauge_of(self, seed: int) -> Gauge:
+        """The gauge of the climb with this seed."""
+        return self._gauges.setdefault(seed, Gauge.of(self.pair.dtype))
+
+    def take_fewer(self, error: BaseException) -> None:
+        """Half the particles from here on, where memory ran out.
+
+        Arguments:
+            error: what was raised.
+
+        Raises:
+            MemoryError: if there are no fewer; the message says what to do.
+            BaseException: the error, if it is another one.
+        """
+        if not is_out_of_memory(error):
+            raise error
+        whole = draws_for(self.pair.bound, 1)
+        fewer = whole * (self.num_particles // whole // 2)
+        if not fewer:
+            raise MemoryError(
+                f"a step with num_particles={self.num_particles} does not fit in memory "
+                f"({(str(error).splitlines() or [''])[0]}); give batch_size= for some rows a step"
+            ) from error
+        before = self.num_particles
+        self.notes.append(f"memory ran out: num_particles={fewer} in the place of {before}")
+        self.num_particles, self._known, self.program, self._trial = fewer, False, None, None
 
     def _reason(
         self,
@@ -106,6 +151,9 @@ class Engine:
             return "asked for"
         if self.pair.ranks:
             return f"{self.pair.ranks.size} processes take each step together"
+        if self.pair.scored:
+            sites = ", ".join(map(repr, self.pair.scored))
+            return f"its guide draws {sites} without a reparameterised gradient"
         if not has_jax():
             return "JAX is not installed: pip install 'latentlab[xla]'"
         if self.backend == "auto" and self.max_steps < _FEWEST_STEPS:
@@ -123,6 +171,10 @@ class Engine:
                 self._compare(self._trial, batch, step)
         except (UntraceableError, NotImplementedError) as error:
             return str(error)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return "memory ran out when it was compiled"
         self.program = program
         return None
 
@@ -179,6 +231,7 @@ class Eager:
         seed: all noise comes from (seed, step).
         mode: in which the networks of the pair take a step.
         every: steps between two places that are remembered.
+        gauge: of the climb; steps that are not looked at do without it.
     """
 
     def __init__(
@@ -190,7 +243,9 @@ class Eager:
         seed: int,
         mode: TrainingMode,
         every: int,
+        gauge: Gauge,
     ) -> None:
+        self.gauge = gauge
         self.pair, self.optimiser, self.num_particles = pair, optimiser, num_particles
         self.batch, self.seed, self.mode, self.every = batch, pair.ranks.seed(seed), mode, every
         size = sum(value.numel() for value in mode.moving().values())
@@ -201,7 +256,7 @@ class Eager:
         """See :meth:`Compiled.take`."""
         if self.size == 1:
             (rate,) = rates
-            step_here = blind_step_of if self.pair.ranks else step_of
+            step_here = blind_step_of if self.pair.ranks else partial(step_of, gauge=self.gauge)
             return [float(self._step(step_here, first, rate, attempt))], torch.empty(0)
         every = self.every if len(rates) % self.every == 0 else len(rates)
         elbos, path = [], []
@@ -251,6 +306,7 @@ class Compiled:
         batch: the data of each step.
         seed: all noise comes from (seed, step).
         every: steps between two places that are remembered.
+        gauge: of the climb, if it is one.
     """
 
     def __init__(
@@ -261,11 +317,13 @@ class Compiled:
         batch: Batches,
         seed: int,
         every: int,
+        gauge: Gauge | None = None,
     ) -> None:
         from latentlab.inference.program import inputs, moving
         from latentlab.inference.xla import Steps
 
         self.pair, self.batch, self.seed, self.every = pair, batch, seed, every
+        self.gauge = gauge or Gauge.of(pair.dtype)
         numbers = sum(math.prod(noise.shape) for noise in program.noise)
         size = max(1, min(_STEPS, _NUMBERS // max(numbers, 1)))
         self.size = every * math.ceil(size / every)
@@ -291,7 +349,8 @@ class Compiled:
             attempt: how often steps from here have failed.
 
         Returns:
-            The ELBO at each step, NaN or infinite from the one on that failed; and the places of
+            The ELBO at each step, NaN or infinite from the one on that failed, all of them NaN
+            where one of several steps had a gradient far above all others; and the places of
             all parameters after every ``every`` steps, or after all of a number that is no
             multiple of it.
         """
@@ -305,7 +364,11 @@ class Compiled:
             weights = [kl_weight(self.pair, k) for k in steps]
         noise = program.draw(generator, weights)
         every = self.every if len(rates) % self.every == 0 else len(rates)
-        return self.steps.run(noise, rates, every, rows)
+        elbos, path = self.steps.run(noise, rates, every, rows)
+        name, slope = self.steps.steepest()
+        if all(map(math.isfinite, elbos)) and not self.gauge.accepts(name, slope, elbos[-1]):
+            return [math.nan] * len(elbos), path[:0]
+        return elbos, path
 
     def memory(self) -> dict[str, Tensor]:
         """What Adam remembers of the steps so far, by name."""

@@ -33,7 +33,8 @@ from torch import Tensor
 from torch.distributions import Independent, kl_divergence
 
 from latentlab.guides import Guide
-from latentlab.inference import bounds, objectives
+from latentlab.inference import bounds, objectives, score
+from latentlab.inference.guards import Gauge
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.protocols import Anneals, owner_of
 
@@ -49,6 +50,7 @@ def step_of(
     data: Arguments,
     step: int,
     optimiser: torch.optim.Optimizer,
+    gauge: Gauge,
 ) -> float:
     """Take a step, unless it leads nowhere.
 
@@ -58,6 +60,7 @@ def step_of(
         data: the data of the step.
         step: its number.
         optimiser: of the pair's parameters.
+        gauge: of the climb.
 
     Returns:
         The ELBO at the draws of the step; NaN where no step could be taken.
@@ -71,12 +74,20 @@ def step_of(
         loss.backward()
     except SINGULAR:  # a matrix that is singular here may not be a step before
         return math.nan
-    parameters = [p for group in optimiser.param_groups for p in group["params"]]
-    slopes = [p.grad.sum() for p in parameters if p.grad is not None]
-    if slopes and not torch.stack(slopes).isfinite().all():
-        return math.nan  # the step is not taken, but tried again
+    grads = {name: p.grad for name, p in pair.parameters().items()}
+    found = {name: g for name, g in grads.items() if g is not None and g.numel()}
+    if found:
+        slopes = torch.stack([*torch._foreach_norm([*found.values()], math.inf)]).tolist()
+        slope, name = max(zip(map(_or_inf, slopes), found, strict=True))
+        if not gauge.accepts(name, slope, value):
+            return math.nan  # the step is not taken, but tried again
     optimiser.step()
     return value
+
+
+def _or_inf(slope: float) -> float:
+    """Of a NaN, which no maximum finds, infinity."""
+    return math.inf if math.isnan(slope) else slope
 
 
 def blind_step_of(
@@ -200,6 +211,8 @@ def objective(
     charge = kl_weight(pair, step) if weight is None else weight
     if pair.bound is not None:
         return Objective(*bounds.loss_of(pair, num_particles, data, charge))
+    if pair.scored:
+        return Objective(*score.loss_of(pair, num_particles, data, charge))
     if isinstance(pair.guide, Guide) or not pair.vectorised or pair.summed_out:
         return _by_draws(pair, num_particles, data, charge, free_bits)
     with objectives.particles(num_particles, pair), _Run({}, {}) as q:

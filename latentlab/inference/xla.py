@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -173,6 +174,17 @@ class Steps:
                 for parameter, array in zip(learned, now, strict=True):
                     parameter.copy_(_tensor(array))
             return _tensor(elbos).flatten().tolist(), _tensor(path)
+
+    def steepest(self) -> tuple[str, float]:
+        """The parameter with the largest gradient of late, and at most how large it was.
+
+        Adam keeps a mean of squares: a single one that is far above all others is what is left.
+        """
+        import numpy as np
+
+        largest = [float(np.asarray(v).max(initial=0.0)) for v in self._moments[1]]
+        slopes = [math.inf if math.isnan(v) else math.sqrt(v / (1 - _BETAS[1])) for v in largest]
+        return max(zip(self.program.names, slopes, strict=False), key=lambda named: named[1])
 
     def slope(
         self, noise: Sequence[Tensor], num_steps: int, every: int, rows: Tensor | None
