@@ -15,9 +15,10 @@ import latentlab as ll
 from latentlab.inference import check, objectives
 from latentlab.inference.batches import BatchRows, chosen, follows_rows, take
 from latentlab.inference.check import prepare
+from latentlab.inference.evaluation import evaluate
 from latentlab.inference.networks import _Mean, has_networks, is_judged_by_row
 from latentlab.inference.rows import elbo_of_rows, fewer, over_rows
-from latentlab.inference.stages import FitDivergedError, evaluate
+from latentlab.inference.stages import FitDivergedError
 
 D, L = 4, 1
 

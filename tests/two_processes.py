@@ -11,9 +11,9 @@ from torch import distributed
 
 import latentlab as ll
 from latentlab.inference.check import prepare
+from latentlab.inference.evaluation import evaluate
 from latentlab.inference.ranks import joined
 from latentlab.inference.shards import Shard, share_out
-from latentlab.inference.stages import evaluate
 from latentlab.inference.training import blind_step_of
 
 X = torch.randn(101, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -20,6 +20,7 @@ from latentlab.inference.check import Fault, prepare
 from latentlab.inference.checkpoint import fingerprint
 from latentlab.inference.climbs import Climbs, few_threads, some_rows
 from latentlab.inference.devices import as_device
+from latentlab.inference.evaluation import particle_chunk
 from latentlab.inference.held_out import HeldOut, as_share, measure
 from latentlab.inference.journal import Journal, Part, opened
 from latentlab.inference.ladder import ladder_for
@@ -35,7 +36,7 @@ from latentlab.inference.rows import DRAWS_OF_ROWS, elbo_of_rows
 from latentlab.inference.sandbox import manual_seed, stream
 from latentlab.inference.settings import Settings, bound_of
 from latentlab.inference.shards import share_out
-from latentlab.inference.stages import INTERRUPTED, Climb, FitDivergedError, particle_chunk
+from latentlab.inference.stages import INTERRUPTED, Climb, FitDivergedError
 from latentlab.objectives import ELBO, Objective
 from latentlab.protocols import HoldsOut, owner_of
 

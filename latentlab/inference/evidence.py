@@ -38,8 +38,8 @@ from latentlab.diagnostics import (
 )
 from latentlab.guides import Draws, DrawsRows, Flow, FullRank, Guide
 from latentlab.inference import objectives
+from latentlab.inference.evaluation import chunks, particle_chunk
 from latentlab.inference.figures import by_kind
-from latentlab.inference.stages import chunks, particle_chunk
 from latentlab.protocols import Describes, owner_of
 
 if TYPE_CHECKING:

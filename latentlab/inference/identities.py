@@ -24,9 +24,9 @@ from latentlab.inference.axes import labels_of
 from latentlab.inference.chains import Chains
 from latentlab.inference.check import prepare
 from latentlab.inference.density import log_density
+from latentlab.inference.evaluation import particle_chunk
 from latentlab.inference.pair import Pair
 from latentlab.inference.posterior import Posterior
-from latentlab.inference.stages import particle_chunk
 
 __all__ = ["check_posterior"]
 

@@ -31,6 +31,7 @@ from latentlab.diagnostics import Estimate
 from latentlab.guides import Flow, FullRank, Guide, LowRank, MeanField, Structured
 from latentlab.inference import objectives
 from latentlab.inference.check import bind
+from latentlab.inference.evaluation import particle_chunk
 from latentlab.inference.evidence import tail_khat
 from latentlab.inference.journal import Part
 from latentlab.inference.modes import standing
@@ -39,13 +40,7 @@ from latentlab.inference.pair import Pair
 from latentlab.inference.ranks import ALONE
 from latentlab.inference.restarts import Restarts
 from latentlab.inference.sandbox import manual_seed, stream
-from latentlab.inference.stages import (
-    INTERRUPTED,
-    Climb,
-    FitDivergedError,
-    State,
-    particle_chunk,
-)
+from latentlab.inference.stages import INTERRUPTED, Climb, FitDivergedError, State
 from latentlab.inference.starts import Starts
 from latentlab.protocols import OffersGuide, owner_of
 

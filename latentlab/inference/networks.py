@@ -33,7 +33,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
@@ -43,20 +43,18 @@ from torch import Tensor
 
 from latentlab.diagnostics import Estimate
 from latentlab.guides import Draws, Guide
-from latentlab.inference import held_out as held_rows
-from latentlab.inference import objectives
-from latentlab.inference.batches import Batches, chosen, follows_rows, num_rows, take
-from latentlab.inference.bounds import draws_for, values_of
+from latentlab.inference.batches import Batches, follows_rows, num_rows
+from latentlab.inference.evaluation import first_bad_site
 from latentlab.inference.journal import Part
+from latentlab.inference.judge import Judge, Mean
 from latentlab.inference.modes import TrainingMode, standing
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.replay import done, go_to
-from latentlab.inference.rows import fewer, looks_by_row, on_rows, over_rows, row_terms
+from latentlab.inference.rows import looks_by_row, over_rows
 from latentlab.inference.sandbox import manual_seed, stream
-from latentlab.inference.stages import FitDivergedError, State, evaluate, first_bad_site
+from latentlab.inference.stages import FitDivergedError, State
 from latentlab.inference.steps import Engine, Stepper
 from latentlab.inference.training import kl_weight
-from latentlab.protocols import Anneals, owner_of
 
 __all__ = ["NETWORK_RATE", "NetworkClimb", "has_networks", "is_judged_by_row"]
 
@@ -69,10 +67,8 @@ _FALL = 4.0
 _RATES = 3  # first rates that are tried, each the fourfold of the one before
 _TRIED = 0.1  # share of the steps that trying them may take
 _NUMBER = ("one", "two", "three", "four", "five")
-_SCORED_ROWS, _SCORED_DRAWS = 2048, 4
 _FAILURES = 3
 _AVERAGE_EVERY = 5  # steps
-_LATER = 3  # power by which later steps count more in an average
 
 
 def has_networks(pair: Pair) -> bool:
@@ -142,7 +138,7 @@ class NetworkClimb:
     stop_reason: str = ""
     converged: bool = False
     method: ClassVar[str] = "stages"
-    _judge: _Judge | None = None
+    _judge: Judge | None = None
     _falls: int = _FALLS
     _warm: State | None = None  # average of the stage that the climb goes on from
 
@@ -324,7 +320,7 @@ class NetworkClimb:
         """Do what a stage did, without its steps."""
         self._note([-loss for loss in go_to(self.pair, part)])
         average, names = part.under("average"), self._mode.moving() if part.facts["count"] else ()
-        run.mean = _Mean([average[name].clone() for name in names], part.facts["count"])
+        run.mean = Mean([average[name].clone() for name in names], part.facts["count"])
         moments = part.under("passing.moments")
         run.stepper.recall(moments)
         run.is_thin = not moments
@@ -333,7 +329,7 @@ class NetworkClimb:
         parameters = [*self.pair.parameters().values()]
         optimiser = torch.optim.Adam(parameters, lr=rate, fused=True)
         how = (self.batch, self.seed, self._mode, _AVERAGE_EVERY, self.num_steps)
-        return _Run(rate, self.engine.stepper(optimiser, *how), _Mean())
+        return _Run(rate, self.engine.stepper(optimiser, *how), Mean())
 
     def _note(self, elbos: list[float]) -> int:
         """Put steps on record, up to the first that is not finite; how many there were."""
@@ -379,7 +375,7 @@ class NetworkClimb:
 
     def _judged(self, step: int) -> Part:
         if self._judge is None:
-            self._judge = _Judge.of(self.pair, self.held, self.seed)
+            self._judge = Judge.of(self.pair, self.held, self.seed)
         manual_seed(stream(self.seed, "score"))
         score, elbo = self._judge(step)
         return Part({"score": score}, {"elbo": [elbo.value, elbo.se]})
@@ -423,86 +419,6 @@ class _Run:
 
     rate: float
     stepper: Stepper
-    mean: _Mean
+    mean: Mean
     name: str = ""  # of the last stage, in the journal
     is_thin: bool = False  # whether that was read, with what is needed to go on left out
-
-
-@dataclass
-class _Mean:
-    """The average of the weights at one rate, the later ones the more."""
-
-    weights: list[Tensor] = field(default_factory=list)
-    count: int = 0
-
-    def add(self, weights: list[Tensor]) -> None:
-        """One more: of n it counts as (1 + _LATER) / (n + _LATER)."""
-        self.count += 1
-        if not self.weights:
-            self.weights = [w.clone() for w in weights]
-            return
-        torch._foreach_lerp_(self.weights, weights, (1 + _LATER) / (self.count + _LATER))
-
-    def state(self, named: Mapping[str, Tensor]) -> State:
-        """A copy of it, by the names of the weights."""
-        return {name: w.clone() for name, w in zip(named, self.weights, strict=True)}
-
-
-@dataclass(frozen=True)
-class _Judge:
-    """Scores a pair, always with the same rows."""
-
-    pair: Pair
-    held: Arguments | None
-    by_row: bool
-    total: int
-
-    @classmethod
-    def of(cls, pair: Pair, held: Arguments | None, seed: int) -> _Judge:
-        """The judge of a pair: at rows kept aside, else at some of those that are fitted."""
-        total = num_rows(pair.data) or 1
-        by_row = follows_rows(pair)
-        if held is not None:
-            some = chosen(4 * _SCORED_ROWS, num_rows(held) or 1, seed)
-            held = take(held, some)
-        if by_row:
-            pair = fewer(pair, _SCORED_ROWS, seed) if held is None else on_rows(pair, held)
-        return cls(pair, held, by_row, total)
-
-    def __call__(self, step: int) -> tuple[Tensor, Estimate]:
-        """The score per datum, (P, M) or (M,), and the ELBO per data set."""
-        with torch.no_grad():
-            if self.by_row:
-                return self._by_row(step)
-            if self.held is not None:
-                score = held_rows.log_density_of_rows(self.pair, self.held)
-                draws = objectives.draw(self.pair, 1 if self.pair.is_point() else 16)
-                return score, evaluate(self.pair, draws)
-            bound = self.pair.bound
-            num_draws = draws_for(bound, 64, groups=2)
-            draws = objectives.draw(self.pair, 1 if self.pair.is_point() else num_draws)
-            weights = objectives.log_joint(self.pair, draws) - draws.log_q
-            se = Estimate.from_draws(weights) if len(weights) > 1 else None
-            score = weights
-            if bound is not None:
-                score = values_of(weights.unsqueeze(-1), bound.objective).squeeze(-1)
-            return score / self.total, se or Estimate(float(weights[0]), 0.0)
-
-    def _by_row(self, step: int) -> tuple[Tensor, Estimate]:
-        bound = self.pair.bound
-        num_draws = draws_for(bound, _SCORED_DRAWS)
-        terms = row_terms(self.pair, num_draws if self.pair.latents else 1)
-        elbo = Estimate.from_draws((terms.log_lik - terms.kl).mean(0).double())
-        elbo = Estimate(self.total * elbo.value, self.total * elbo.se)
-        owner, kl = owner_of(self.pair.model), terms.kl
-        if isinstance(owner, Anneals):
-            free = float(owner.free_bits) * sum(
-                math.prod(z.event_shape) for z in self.pair.latents
-            )
-            # What is free is so on the mean over draws, not for each of them.
-            kl = kl.mean(0).clamp_min(free).expand_as(kl) if free else kl
-            kl = owner.kl_weight(step) * kl
-        score = terms.log_lik - kl
-        if bound is not None and bound.plate is not None:
-            score = values_of(score, bound.objective)
-        return (score.mean(0) if self.held is not None else score), elbo

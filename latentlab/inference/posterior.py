@@ -24,11 +24,11 @@ from latentlab.guides import Draws, Guide
 from latentlab.inference import objectives, predictive
 from latentlab.inference.axes import labels_of
 from latentlab.inference.batches import follows_rows
+from latentlab.inference.evaluation import particle_chunk
 from latentlab.inference.pair import Arguments, Pair, copy_pair
 from latentlab.inference.restarts import Restarts
 from latentlab.inference.rows import density_of_rows
 from latentlab.inference.sandbox import stream
-from latentlab.inference.stages import particle_chunk
 from latentlab.protocols import Exchangeable, owner_of
 
 if TYPE_CHECKING:

@@ -29,8 +29,8 @@ from latentlab.diagnostics import Estimate, log_mean_exp
 from latentlab.guides import Draws
 from latentlab.inference import objectives
 from latentlab.inference.arguments import as_arguments, cast, with_names
+from latentlab.inference.evaluation import chunks
 from latentlab.inference.pair import Arguments, Pair
-from latentlab.inference.stages import chunks
 from latentlab.protocols import ArrangesData, ChecksData, owner_of
 
 __all__ = [

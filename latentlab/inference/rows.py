@@ -26,8 +26,8 @@ from latentlab.guides import Draws
 from latentlab.inference import objectives, predictive
 from latentlab.inference.batches import chosen, follows_rows, num_rows, take
 from latentlab.inference.check import learn
+from latentlab.inference.evaluation import particle_chunk
 from latentlab.inference.pair import Arguments, Pair
-from latentlab.inference.stages import particle_chunk
 
 __all__ = [
     "DRAWS_OF_ROWS",

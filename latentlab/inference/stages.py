@@ -36,21 +36,21 @@ from latentlab.diagnostics import Estimate
 from latentlab.guides import Draws, DrawsRows, Guide
 from latentlab.inference import objectives
 from latentlab.inference.bounds import draws_for, height_at
+from latentlab.inference.evaluation import evaluate, first_bad_site, particle_chunk
 from latentlab.inference.journal import Part
 from latentlab.inference.lazy_adam import LazyAdam
 from latentlab.inference.modes import TrainingMode, standing
-from latentlab.inference.pair import Arguments, Pair
+from latentlab.inference.pair import Pair
 from latentlab.inference.replay import done, go_to
 from latentlab.inference.sandbox import manual_seed, stream
 from latentlab.inference.steps import Engine, Stepper
 from latentlab.inference.trail import Trail
-from latentlab.inference.training import SINGULAR
 from latentlab.protocols import HasNetworks, owner_of
 
 if TYPE_CHECKING:
     from latentlab.inference.batches import Batches
 
-__all__ = ["INTERRUPTED", "Climb", "FitDivergedError", "State", "evaluate"]
+__all__ = ["INTERRUPTED", "Climb", "FitDivergedError", "State"]
 
 INTERRUPTED = "interrupted"
 """The stop reason of a climb that Ctrl-C ended."""
@@ -64,7 +64,6 @@ _FALLEN = 4.0  # standard errors below, from which a stage has fallen
 _AT_REST = 1e-5  # posterior standard deviations, from end to end
 _FAILURES = 3  # steps without a finite loss, each tried again shorter and with new noise
 _EVALUATION_DRAWS, _EVALUATION_GROUPS = 256, 16
-_TOGETHER = 16  # particles where rows are added up
 _NETWORK_UNIT = 0.05  # weights of networks move by so much where other parameters move by one
 
 
@@ -452,70 +451,3 @@ class _Reached:
 def _often_moved(optimiser: torch.optim.Optimizer) -> Tensor | None:
     """Which numbers most steps moved; ``None`` for all of them."""
     return optimiser.often_moved() if isinstance(optimiser, LazyAdam) else None
-
-
-def evaluate(pair: Pair, draws: Draws) -> Estimate:
-    """The ELBO at draws of the guide, with its standard error, in nats per data set.
-
-    Arguments:
-        pair: the pair, entered.
-        draws: P draws of its guide.
-
-    Returns:
-        Mean and standard error of log p(x, z) - log q(z), NaN where a matrix is singular.
-    """
-    try:
-        with torch.no_grad():
-            weights = torch.cat(
-                [
-                    objectives.log_joint_of_all(pair, part) - part.log_q
-                    for part in chunks(pair, draws)
-                ]
-            )
-    except SINGULAR:
-        return Estimate(math.nan, math.nan)
-    return Estimate.from_draws(weights) if len(weights) > 1 else Estimate(float(weights[0]), 0.0)
-
-
-def chunks(pair: Pair, draws: Draws) -> list[Draws]:
-    """Draws in parts that go through the model at once."""
-    size = particle_chunk(pair, len(draws))
-    return [draws[start : start + size] for start in range(0, len(draws), size)]
-
-
-def particle_chunk(pair: Pair, num_particles: int, elements: int = 2**22) -> int:
-    """How many particles go through the model at once, so that memory stays bounded."""
-    if not pair.vectorised:
-        return num_particles
-    if pair.in_parts:
-        return min(num_particles, _TOGETHER)
-    size = sum(t.numel() for t in pair.data.tensors()) + sum(
-        math.prod(shape) for shape in pair.shapes.values()
-    )
-    return max(1, min(num_particles, elements // max(size, 1)))
-
-
-def first_bad_site(pair: Pair, num_particles: int, data: Arguments) -> tuple[str, float]:
-    """The first site whose log-density is not finite at new draws of the guide, and that value.
-
-    Arguments:
-        pair: the pair, entered.
-        num_particles: how many draws.
-        data: what it is called with.
-    """
-    try:
-        with torch.no_grad():
-            draws = objectives.draw(pair, num_particles, data)
-            found = objectives.site_log_probs(pair, draws, data)
-    except SINGULAR:
-        return "the matrix that could not be factorised", math.nan
-    return first_bad(found | {"the guide": draws.log_q})
-
-
-def first_bad(log_probs: dict[str, Tensor]) -> tuple[str, float]:
-    """The first site with a log-density that is not finite, and that value."""
-    for name, value in log_probs.items():
-        bad = value[~torch.isfinite(value)] if isinstance(value, Tensor) else value
-        if isinstance(bad, Tensor) and bad.numel():
-            return name, float(bad.flatten()[0])
-    return "the parameters", math.nan

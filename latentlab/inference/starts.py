@@ -30,11 +30,11 @@ from torch import Tensor
 from latentlab.guides import Arrow, Guide, Structured
 from latentlab.inference import objectives
 from latentlab.inference.density import log_density
+from latentlab.inference.evaluation import evaluate, first_bad_site
 from latentlab.inference.modes import standing
 from latentlab.inference.pair import Pair
 from latentlab.inference.replay import done, go_to
 from latentlab.inference.sandbox import manual_seed, stream
-from latentlab.inference.stages import evaluate, first_bad_site
 from latentlab.inference.training import SINGULAR
 from latentlab.protocols import StartsFrom, owner_of
 
