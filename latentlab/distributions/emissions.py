@@ -14,7 +14,8 @@ emission                        a row in state k
 
 One of your own is any object with :class:`Emission`'s three names: how many columns, the prior
 of a state's numbers, and the distribution of a row given them. What it knows besides it may lend:
-:class:`MeasuresRows`, :class:`ChecksRows`, :class:`EstimatesStates`.
+:class:`MeasuresRows`, :class:`ChecksRows`, :class:`EstimatesStates`, and for steps of
+expectation-maximisation :class:`MaximisesLikelihood`.
 
 Cells that are NaN are missing. The emissions here integrate them out exactly; of others, a step
 with a missing cell is left out as a whole.
@@ -47,6 +48,7 @@ __all__ = [
     "Emission",
     "EstimatesStates",
     "GaussianEmission",
+    "MaximisesLikelihood",
     "MeasuresRows",
     "PoissonEmission",
     "ProductEmission",
@@ -108,6 +110,38 @@ class EstimatesStates(Protocol):
 
     def estimate(self, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
         """Site -> values (K, ...) for rows (N, D) that weigh (N, K) in each state."""
+
+
+@runtime_checkable
+class MaximisesLikelihood(Protocol):
+    """An emission whose likelihood has its maximum in closed form, from sums over rows.
+
+    The sums of several batches may be added, or averaged.
+
+    Example:
+        >>> class Lengths:
+        ...     has_maximum = True
+        ...     def statistics(self, x, weights):
+        ...         return {"held": weights.sum(0), "total": weights.mT @ x[:, 0]}
+        ...     def maximise(self, statistics):
+        ...         return {"rates": (statistics["held"] / statistics["total"])[:, None]}
+        >>> isinstance(Lengths(), MaximisesLikelihood)
+        True
+    """
+
+    @property
+    def has_maximum(self) -> bool:
+        """Whether it has for the rows that were measured: missing cells may be in the way."""
+
+    def statistics(self, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """Sums (K, ...) over rows (N, D) that weigh (N, K) in each state.
+
+        Cells that are NaN are missing; of an emission other than :class:`Cells` and its like,
+        there is none.
+        """
+
+    def maximise(self, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Site -> values (K, ...) of the greatest likelihood, NaN where nothing was seen."""
 
 
 class ProductEmission(nn.Module):
@@ -185,9 +219,36 @@ class ProductEmission(nn.Module):
                 found |= {names[site]: value for site, value in values.items()}
         return found
 
+    @property
+    def has_maximum(self) -> bool:
+        """Whether all parts have theirs."""
+        return all(isinstance(p, MaximisesLikelihood) and p.has_maximum for p in self.parts)
+
+    def statistics(self, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """The sums of all parts."""
+        return {
+            f"{g}.{name}": value
+            for g, (part, columns) in enumerate(self._pieces(x))
+            for name, value in part.statistics(columns, weights).items()  # type: ignore[attr-defined]
+        }
+
+    def maximise(self, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The values of all parts."""
+        found: dict[str, Tensor] = {}
+        for g, (part, names) in enumerate(zip(self.parts, self.names, strict=True)):
+            own = part_of(statistics, f"{g}.")
+            values = part.maximise(own)  # type: ignore[attr-defined]
+            found |= {names[site]: value for site, value in values.items()}
+        return found
+
     def _pieces(self, x: Tensor) -> list[tuple[Emission, Tensor]]:
         widths = [part.num_features for part in self.parts]
         return list(zip(self.parts, x.split(widths, -1), strict=True))
+
+
+def part_of(statistics: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The sums whose names begin so, by the rest of their names."""
+    return {k.removeprefix(prefix): v for k, v in statistics.items() if k.startswith(prefix)}
 
 
 def emission_of(

@@ -42,6 +42,7 @@ from latentlab.models.hmm_missing import completed
 from latentlab.models.hmm_remarks import remarks_on_states
 from latentlab.models.hmm_residuals import residuals_of
 from latentlab.models.hmm_starts import find_start
+from latentlab.models.hmm_updates import updates_of
 from latentlab.plates import sequences
 
 __all__ = ["HiddenMarkovModel"]
@@ -314,6 +315,10 @@ class HiddenMarkovModel(nn.Module):
         lengths = lengths.clamp_max(_START_STEPS)
         with torch.no_grad():
             return find_start(self.emission, self._chain, x, lengths, generator)
+
+    def updates(self, guide: Any) -> Any:  # noqa: ANN401
+        """Steps in closed form, see :mod:`latentlab.models.hmm_updates`; ``None`` without them."""
+        return updates_of(self, guide)
 
     # ---- what a fit says -----------------------------------------------------------------------
 

@@ -111,6 +111,18 @@ class Chain:
             return {"transitions": torch.stack([stay, 1 - stay], -1)} if len(stay) else {}
         return {"transitions": moves} | ({"initial": initial} if self.has_initial else {})
 
+    def maximise(self, starts: Tensor, moves: Tensor) -> dict[str, Tensor]:
+        """The likeliest values of the sites, where the chain is not stationary.
+
+        Arguments:
+            starts: how many sequences start in each state, shape (K,).
+            moves: how often one goes from row to column, shape (K, K).
+
+        Returns:
+            Site -> value, NaN for a state that is never left.
+        """
+        return self.free(starts / starts.sum(), moves / moves.sum(-1, keepdim=True))
+
     def _at_the_left(self, like: Tensor) -> Tensor:
         place = torch.zeros((), dtype=torch.long, device=like.device)
         return one_hot(place, self.num_states).to(like.dtype)
