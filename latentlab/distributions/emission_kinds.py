@@ -20,6 +20,7 @@ from latentlab.distributions.correlations import (
     correlation_tril,
     partial_correlations,
 )
+from latentlab.distributions.factors import Beta, Dirichlet, Factor, Gamma, Sites
 from latentlab.distributions.normal_row import NormalRow, normal_cells
 
 __all__ = ["BernoulliEmission", "CategoricalEmission", "GaussianEmission", "PoissonEmission"]
@@ -222,6 +223,24 @@ class PoissonEmission(nn.Module):
         rates = statistics["first"] / statistics["held"]
         return {"rates": rates.clamp_min(torch.finfo(rates.dtype).tiny)}
 
+    is_conjugate = True
+
+    def priors(self) -> dict[Sites, Factor]:
+        """The prior of the rates, a gamma family."""
+        return {("rates",): Gamma(torch.ones_like(self.center), 1 / self.center)}
+
+    def posteriors(self, statistics: Mapping[str, Tensor]) -> dict[Sites, Factor]:
+        """That of the rates."""
+        held, first = statistics["held"], statistics["first"]
+        return {("rates",): Gamma(1 + first, 1 / self.center + held)}
+
+    def expected_log_prob(self, x: Tensor, found: Mapping[Sites, Factor]) -> Tensor:
+        """Expected log-density of rows in each state."""
+        rates: Gamma = found["rates",]  # type: ignore[assignment]
+        there, x = (~x.isnan()).to(x), x.nan_to_num(0.0)
+        own = x @ rates.expected_log().mT - there @ rates.expected().mT
+        return own - (x + 1).lgamma().sum(-1, keepdim=True)
+
 
 class CategoricalEmission(nn.Module):
     r"""Codes 0 to C - 1: site ``probs``, :math:`p_{kd} \sim \mathrm{Dirichlet}(1)`.
@@ -276,6 +295,24 @@ class CategoricalEmission(nn.Module):
         counts = statistics["counts"]
         return {"probs": counts / counts.sum(-1, keepdim=True)}
 
+    is_conjugate = True
+
+    def priors(self) -> dict[Sites, Factor]:
+        """The prior of the probabilities, a Dirichlet family."""
+        return {("probs",): Dirichlet(self.alpha)}
+
+    def posteriors(self, statistics: Mapping[str, Tensor]) -> dict[Sites, Factor]:
+        """That of the probabilities."""
+        return {("probs",): Dirichlet(self.alpha + statistics["counts"])}
+
+    def expected_log_prob(self, x: Tensor, found: Mapping[Sites, Factor]) -> Tensor:
+        """Expected log-density of rows in each state."""
+        probs: Dirichlet = found["probs",]  # type: ignore[assignment]
+        columns = probs.expected_log().movedim(-3, -1)  # (D, C, K)
+        codes, missing = x.nan_to_num(0.0).long(), x.isnan().unsqueeze(-1)
+        cells = [column[codes[..., d]] for d, column in enumerate(columns)]
+        return torch.where(missing, 0.0, torch.stack(cells, -2)).sum(-2)
+
 
 class BernoulliEmission(nn.Module):
     r"""Zeros and ones: site ``probs``, :math:`p_{kd} \sim \mathrm{Uniform}(0, 1)`.
@@ -324,6 +361,23 @@ class BernoulliEmission(nn.Module):
         probs = statistics["first"] / statistics["held"]
         finfo = torch.finfo(probs.dtype)
         return {"probs": probs.clamp(finfo.tiny, 1 - finfo.eps)}
+
+    is_conjugate = True
+
+    def priors(self) -> dict[Sites, Factor]:
+        """The prior of the probabilities, a beta family."""
+        return {("probs",): Beta(self.alpha, self.alpha)}
+
+    def posteriors(self, statistics: Mapping[str, Tensor]) -> dict[Sites, Factor]:
+        """That of the probabilities."""
+        held, first = statistics["held"], statistics["first"]
+        return {("probs",): Beta(self.alpha + first, self.alpha + (held - first))}
+
+    def expected_log_prob(self, x: Tensor, found: Mapping[Sites, Factor]) -> Tensor:
+        """Expected log-density of rows in each state."""
+        probs: Beta = found["probs",]  # type: ignore[assignment]
+        ones, zeros = probs.expected_logs()
+        return x.nan_to_num(0.0) @ ones.mT + (1 - x).nan_to_num(0.0) @ zeros.mT
 
 
 def _sums(x: Tensor, weights: Tensor) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ References:
 
 from latentlab.guides.amortised import Amortised
 from latentlab.guides.base import Draws, DrawsRows, Guide
+from latentlab.guides.conjugate import Conjugate
 from latentlab.guides.flow import Flow
 from latentlab.guides.gaussian import FullRank, MeanField, Point
 from latentlab.guides.low_rank import LowRank
@@ -34,6 +35,7 @@ from latentlab.supports import Latent
 __all__ = [
     "Amortised",
     "Arrow",
+    "Conjugate",
     "Draws",
     "DrawsRows",
     "Flow",
