@@ -51,7 +51,7 @@ def fit(
     seed: int = 0,
     backend: Literal["auto", "eager", "xla"] = "auto",
     objective: Objective = ELBO(),  # noqa: B008
-    method: Literal["auto", "stages"] = "auto",
+    method: Literal["auto", "stages", "natural"] = "auto",
     progress: bool | None = None,
 ) -> Posterior:
     r"""Fit a guide to the posterior of a model by stochastic variational inference.
@@ -97,8 +97,10 @@ def fit(
             it was, and why.
         objective: what is climbed, one of :mod:`latentlab.objectives`: by default the ELBO,
             which is what is reported whatever is climbed.
-        method: how it is climbed: ``"stages"`` (averaged stages of Adam), or ``"auto"`` for what
-            suits the pair. ``posterior.method`` says which it was.
+        method: how it is climbed: ``"stages"`` (averaged stages of Adam), ``"natural"`` (conjugate
+            updates, where the model offers them for the guide: expectation-maximisation for a
+            point; see :mod:`latentlab.inference.natural`), or ``"auto"`` for what suits the pair.
+            ``posterior.method`` says which it was.
         progress: a progress bar; by default where stderr is a terminal.
 
     Returns:

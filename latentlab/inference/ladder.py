@@ -32,6 +32,7 @@ from latentlab.guides import Flow, FullRank, Guide, LowRank, MeanField, Structur
 from latentlab.inference import objectives
 from latentlab.inference.check import bind
 from latentlab.inference.evidence import tail_khat
+from latentlab.inference.natural import NaturalClimb
 from latentlab.inference.networks import NetworkClimb, has_networks
 from latentlab.inference.pair import Pair
 from latentlab.inference.restarts import Restarts
@@ -47,6 +48,8 @@ from latentlab.inference.starts import Starts
 from latentlab.protocols import OffersGuide, owner_of
 
 __all__ = ["Ladder", "Rung", "ladder_for"]
+
+AnyClimb = Climb | NetworkClimb | NaturalClimb
 
 _ASKS = 0.5  # k-hat above which a richer guide is tried
 _BEYOND = 3.0  # standard errors of a gain that is more than its error
@@ -96,7 +99,7 @@ class _Stand:
     """Where the fit stands: on which guide, how it got there, how good it is."""
 
     guide: Guide
-    climb: Climb | NetworkClimb
+    climb: AnyClimb
     state: State
     elbo: Estimate
     khat: Estimate
@@ -123,9 +126,9 @@ class Ladder:
         self,
         pair: Pair,
         seed: int,
-        first: Callable[[Callable[[], bool]], tuple[Climb | NetworkClimb, Restarts]],
+        first: Callable[[Callable[[], bool]], tuple[AnyClimb, Restarts]],
         further: Callable[[int], Climb],
-    ) -> tuple[Climb | NetworkClimb, Restarts, tuple[Rung, ...]]:
+    ) -> tuple[AnyClimb, Restarts, tuple[Rung, ...]]:
         """Climb from rung to rung as far as it is asked for; the pair ends on the best of them.
 
         Arguments:
@@ -245,9 +248,7 @@ def _numbers(pair: Pair) -> int:
     return sum(math.prod(latent.free_shape) for latent in pair.latents)
 
 
-def _stand(
-    pair: Pair, climb: Climb | NetworkClimb, seed: int, level: int, settled: bool
-) -> _Stand:
+def _stand(pair: Pair, climb: AnyClimb, seed: int, level: int, settled: bool) -> _Stand:
     elbo, khat, to_gain = _measure(pair, seed, level)
     guide: Any = pair.guide
     return _Stand(guide, climb, climb.state(), elbo, khat, to_gain, settled)
@@ -298,7 +299,7 @@ def _go_back(pair: Pair, here: _Stand, is_interrupted: bool) -> None:
         _stop(here.climb)
 
 
-def _stop(climb: Climb | NetworkClimb) -> None:
+def _stop(climb: AnyClimb) -> None:
     """Mark a climb as ended by Ctrl-C."""
     climb.stop_reason, climb.converged = INTERRUPTED, False
 

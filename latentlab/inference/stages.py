@@ -71,14 +71,16 @@ class FitDivergedError(RuntimeError):
         step: the step at which it happened.
         site: the site whose log-density was not finite.
         value: the first bad log-density.
+        tried: what did not help.
     """
 
-    def __init__(self, step: int, site: str, value: float) -> None:
+    def __init__(
+        self, step: int, site: str, value: float, tried: str = "three smaller steps did not help"
+    ) -> None:
         self.step, self.site, self.value = step, site, value
         super().__init__(
-            f"the fit diverged at step {step}: the log-density of site {site!r} is {value}; three "
-            "smaller steps did not help. Look at the scale of that site's prior, or standardise "
-            "the data"
+            f"the fit diverged at step {step}: the log-density of site {site!r} is {value}; "
+            f"{tried}. Look at the scale of that site's prior, or standardise the data"
         )
 
 
