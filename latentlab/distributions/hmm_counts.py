@@ -8,7 +8,7 @@ r"""What hidden chains are expected to have done: the sums that an M-step needs.
 They are the derivatives of the log-likelihood in :math:`\log \pi_k`, :math:`\log A_{ij}` and
 :math:`\ell_{ntk}`, so that the kernel's way back has them all at once.
 
-Letters: T time, K states, B chains.
+Letters: T time, K states, B chains, J parameters side by side.
 
 References:
     | A tutorial on hidden Markov models (Rabiner, 1989)
@@ -28,13 +28,13 @@ __all__ = ["Counts", "expected_counts"]
 
 
 class Counts(NamedTuple):
-    """Expected counts of chains that share their parameters.
+    """Expected counts, summed over the chains that share their parameters.
 
     Arguments:
-        log_prob: log-likelihoods, shape (B,), in nats.
-        starts: how many start in each state, shape (K,).
-        moves: how often one goes from row to column, shape (K, K).
-        states: probabilities of states, shape (B, T, K), zero past the end.
+        log_prob: log-likelihoods, shape (..., B), in nats.
+        starts: how many start in each state, of the shape of ``initial``.
+        moves: how often one goes from row to column, of the shape of ``transitions``.
+        states: probabilities of states, shape (..., B, T, K), zero past the end.
     """
 
     log_prob: Tensor
@@ -57,9 +57,9 @@ def expected_counts(
     and ``log_prob`` the log of its normaliser.
 
     Arguments:
-        initial: weights of the first state, shape (K,).
-        transitions: weights of moves, shape (K, K).
-        log_likelihoods: shape (B, T, K), in nats, 0 where a step is missing.
+        initial: weights of the first state, shape (K,), or (J, 1, K) of J times all chains.
+        transitions: weights of moves, shape (K, K), or (J, 1, K, K).
+        log_likelihoods: shape (..., B, T, K), in nats, 0 where a step is missing.
         lengths: number of steps of each chain, shape (B,), or ``None``: all have T.
 
     Returns:
@@ -76,5 +76,7 @@ def expected_counts(
     arrays = (initial, transitions, log_likelihoods)
     log_prob, *kept = hmm_op.hmm_forward(*arrays, lengths, True)
     seeds = torch.ones_like(log_prob)
+    batch = (*log_prob.shape, *log_likelihoods.shape[-2:])
+    arrays = (initial, transitions, log_likelihoods.expand(batch))
     first, second, states = hmm_op.hmm_backward(seeds, *arrays, lengths, *kept)
     return Counts(log_prob, initial * first, transitions * second, states)

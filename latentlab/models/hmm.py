@@ -56,7 +56,6 @@ __all__ = ["HiddenMarkovModel"]
 _Data = Any  # sequences, or their lengths, of any form that is read
 _Draws = Mapping[str, Tensor]
 
-_START_STEPS = 20_000  # that starting values look at
 _CHUNK = 2**23  # elements of (S, B, T, K) held at a time
 _CHOICES = {"prior": ("weak", "flat", "conjugate"), "initial": ("free", "stationary")}
 
@@ -323,12 +322,7 @@ class HiddenMarkovModel(nn.Module):
         """
         data = self._sequences(x, lengths)
         generator = Generator(x.device).manual_seed(seed)
-        order = torch.randperm(len(data), generator=generator, device=x.device)
-        many = int((data.lengths[order].cumsum(0) < _START_STEPS).sum()) + 1
-        x, lengths = data.x[order[:many], :_START_STEPS], data.lengths[order[:many]]
-        lengths = lengths.clamp_max(_START_STEPS)
-        with torch.no_grad():
-            return find_start(self.emission, self.free_chain, x, lengths, generator)
+        return find_start(self.emission, self.free_chain, data.x, data.lengths, generator)
 
     def updates(self, guide: Any) -> Any:  # noqa: ANN401
         """Steps in closed form, see :mod:`latentlab.models.hmm_updates`; ``None`` without them."""

@@ -45,6 +45,7 @@ from latentlab.distributions.factors import Factor, Sites
 from latentlab.distributions.hmm_counts import Counts, expected_counts
 from latentlab.distributions.markov import log_likelihoods, missing_steps
 from latentlab.guides import Conjugate, Point
+from latentlab.models.hmm_starts import find_start
 
 if TYPE_CHECKING:
     from latentlab.models.hmm import HiddenMarkovModel
@@ -135,13 +136,7 @@ class BaumWelch:
         Returns:
             The counts and sums of all sequences, and their log-likelihood in nats.
         """
-        chain = self.model.likelihood(self._values(), x.shape[1], lengths)
-        seen = log_likelihoods(chain.emission, x)
-        counts = expected_counts(chain.initial, chain.transitions, seen, lengths)
-        scale = 1.0 if size is None else size / len(x)
-        missing = missing_steps(chain.emission, x)
-        sums = _sums(self.model, x, counts, missing, scale)
-        return sums, scale * counts.log_prob.sum()
+        return _expected(self.model, self._values(), x, lengths, size)
 
     @torch.no_grad()
     def maximise(self, statistics: Mapping[str, Tensor]) -> None:
@@ -150,12 +145,29 @@ class BaumWelch:
         Arguments:
             statistics: as :meth:`statistics` returns them, or an average of such.
         """
-        emission, guide, values = self.model.emission, self.guide, self._values()
+        emission, values = self.model.emission, self._values()
         found = self.model.free_chain.maximise(statistics["starts"], statistics["moves"])
         found |= emission.maximise(part_of(statistics, _EMISSION))  # type: ignore[attr-defined]
         values |= {k: torch.where(v.isnan(), values[k], v) for k, v in found.items()}
-        point = guide.pack({name: value[None] for name, value in values.items()})[0]
-        guide.start(point, guide.free_sd())
+        self._move(values)
+
+    @torch.no_grad()
+    def place(
+        self, seed: int, x: Tensor, lengths: Tensor | None = None, size: int | None = None
+    ) -> None:
+        """Move the point to where a few steps from a seed lead.
+
+        Arguments:
+            seed: another seed, another start.
+            x: as for :meth:`statistics`.
+            lengths: as there.
+            size: unused; as there.
+        """
+        self._move(_start(self.model, seed, x, lengths))
+
+    def _move(self, values: Mapping[str, Tensor]) -> None:
+        point = self.guide.pack({name: value[None] for name, value in values.items()})[0]
+        self.guide.start(point, self.guide.free_sd())
 
     def _values(self) -> dict[str, Tensor]:
         """Site -> its value at the point."""
@@ -200,6 +212,39 @@ class VariationalBayes:
         chain = self.model.free_chain.posteriors(statistics["starts"], statistics["moves"])
         own = part_of(statistics, _EMISSION)
         self.guide.put(chain | self.model.emission.posteriors(own))  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def place(
+        self, seed: int, x: Tensor, lengths: Tensor | None = None, size: int | None = None
+    ) -> None:
+        """Put the factors where the start of :meth:`BaumWelch.place` leads."""
+        values = _start(self.model, seed, x, lengths)
+        self.maximise(_expected(self.model, values, x, lengths, size)[0])
+
+
+def _start(
+    model: HiddenMarkovModel, seed: int, x: Tensor, lengths: Tensor | None
+) -> dict[str, Tensor]:
+    """Site -> value of a start that a few steps led to; the better ones are for the fit to find."""
+    many = torch.full_like(x[:, 0, 0], x.shape[1], dtype=torch.long)
+    generator = torch.Generator(x.device).manual_seed(seed)
+    how = (x, many if lengths is None else lengths, generator)
+    return find_start(model.emission, model.free_chain, *how, is_quick=True)
+
+
+def _expected(
+    model: HiddenMarkovModel,
+    values: Mapping[str, Tensor],
+    x: Tensor,
+    lengths: Tensor | None,
+    size: int | None,
+) -> Statistics:
+    """The sums that values of the sites lead to, and their log-likelihood in nats."""
+    chain = model.likelihood(values, x.shape[1], lengths)
+    seen, missing = log_likelihoods(chain.emission, x), missing_steps(chain.emission, x)
+    counts = expected_counts(chain.initial, chain.transitions, seen, lengths)
+    scale = 1.0 if size is None else size / len(x)
+    return _sums(model, x, counts, missing, scale), scale * counts.log_prob.sum()
 
 
 def _priors(model: HiddenMarkovModel) -> dict[Sites, Factor]:
