@@ -24,7 +24,7 @@ References:
 
 from latentlab.guides.amortised import Amortised
 from latentlab.guides.base import Draws, DrawsRows, Guide
-from latentlab.guides.conjugate import Conjugate
+from latentlab.guides.families import Families
 from latentlab.guides.flow import Flow
 from latentlab.guides.gaussian import FullRank, MeanField, Point
 from latentlab.guides.low_rank import LowRank
@@ -35,7 +35,7 @@ from latentlab.supports import Latent
 __all__ = [
     "Amortised",
     "Arrow",
-    "Conjugate",
+    "Families",
     "Draws",
     "DrawsRows",
     "Flow",

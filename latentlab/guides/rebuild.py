@@ -10,7 +10,7 @@ from torch import nn
 
 from latentlab.guides.amortised import Amortised
 from latentlab.guides.base import Guide
-from latentlab.guides.conjugate import Conjugate
+from latentlab.guides.families import Families
 from latentlab.guides.flow import Flow
 from latentlab.guides.gaussian import FullRank, MeanField, Point
 from latentlab.guides.low_rank import LowRank
@@ -19,7 +19,7 @@ from latentlab.supports import Latent
 
 __all__ = ["guide_from_spec"]
 
-_KINDS = (Point, MeanField, LowRank, FullRank, Structured, Amortised, Conjugate, Flow)
+_KINDS = (Point, MeanField, LowRank, FullRank, Structured, Amortised, Families, Flow)
 
 
 def guide_from_spec(

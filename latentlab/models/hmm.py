@@ -264,7 +264,7 @@ class HiddenMarkovModel(nn.Module):
         """A full-rank Gaussian, or a mean-field one for more than 400 numbers.
 
         With a flat prior a point; with conjugate ones their families, see
-        :class:`latentlab.guides.Conjugate`.
+        :class:`latentlab.guides.Families`.
         """
         if self.prior == "flat":
             return Point()

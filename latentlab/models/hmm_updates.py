@@ -44,7 +44,7 @@ from latentlab.distributions.emissions import (
 from latentlab.distributions.factors import Factor, Sites
 from latentlab.distributions.hmm_counts import Counts, expected_counts
 from latentlab.distributions.markov import log_likelihoods, missing_steps
-from latentlab.guides import Conjugate, Point
+from latentlab.guides import Families, Point
 from latentlab.models.hmm_starts import find_start
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def updates_of(model: HiddenMarkovModel, guide: Any) -> BaumWelch | VariationalB
     emission = model.emission
     if model.initial == "stationary":
         return None
-    if isinstance(guide, Conjugate) and model.prior == "conjugate":
+    if isinstance(guide, Families) and model.prior == "conjugate":
         return VariationalBayes(model, guide)
     is_mode = isinstance(guide, Point) and model.prior == "flat"
     if is_mode and isinstance(emission, MaximisesLikelihood) and emission.has_maximum:
@@ -101,13 +101,13 @@ def expect_conjugate(model: HiddenMarkovModel) -> None:
         )
 
 
-def conjugate_guide(model: HiddenMarkovModel) -> Conjugate:
+def conjugate_guide(model: HiddenMarkovModel) -> Families:
     """The guide of the families of a model's conjugate priors.
 
     Arguments:
         model: one with ``prior="conjugate"``.
     """
-    return Conjugate({sites: type(factor) for sites, factor in _priors(model).items()})
+    return Families({sites: type(factor) for sites, factor in _priors(model).items()})
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class VariationalBayes:
     """
 
     model: HiddenMarkovModel
-    guide: Conjugate
+    guide: Families
 
     @torch.no_grad()
     def statistics(
@@ -225,7 +225,7 @@ class VariationalBayes:
 def _start(
     model: HiddenMarkovModel, seed: int, x: Tensor, lengths: Tensor | None
 ) -> dict[str, Tensor]:
-    """Site -> value of a start that a few steps led to; the better ones are for the fit to find."""
+    """Site -> value of a start that a few steps from a seed led to."""
     many = torch.full_like(x[:, 0, 0], x.shape[1], dtype=torch.long)
     generator = torch.Generator(x.device).manual_seed(seed)
     how = (x, many if lengths is None else lengths, generator)

@@ -29,7 +29,7 @@ from latentlab.guides.base import Draws, Guide
 from latentlab.guides.layout import Data
 from latentlab.seeds import seeded
 
-__all__ = ["Conjugate"]
+__all__ = ["Families"]
 
 _MOMENT_DRAWS = 1000
 _FAMILIES: dict[str, type[Factor]] = {
@@ -38,7 +38,7 @@ _FAMILIES: dict[str, type[Factor]] = {
 }
 
 
-class Conjugate(Guide):
+class Families(Guide):
     r"""Independent factors, each a family over one site or several.
 
     Arguments:
@@ -51,7 +51,7 @@ class Conjugate(Guide):
     Example:
         >>> from pyro.distributions import constraints
         >>> from latentlab.guides import Latent
-        >>> guide = Conjugate({("weights",): "Dirichlet"}).bind(
+        >>> guide = Families({("weights",): "Dirichlet"}).bind(
         ...     [Latent("weights", (), (3,), constraints.simplex)], max_plate_nesting=0
         ... )
         >>> guide.put({("weights",): factors.Dirichlet(torch.tensor([1.0, 2.0, 3.0]))})
@@ -80,7 +80,7 @@ class Conjugate(Guide):
                 f"families: expected factors for the sites {sorted(shapes)}, got {sorted(covered)}"
             )
         if self._whole.inner.numel():
-            raise ValueError("Conjugate: has no factor for each row; take MeanField or Structured")
+            raise ValueError("Families: has no factor for each row; take MeanField or Structured")
         self.loc = nn.Parameter(zeros, requires_grad=False)  # as wide as u, and else unused
         for f, (sites, family) in enumerate(self.families.items()):
             for name in family.names():
@@ -229,7 +229,7 @@ class _Free(dist.TorchDistribution):
     support = dist.constraints.real_vector
     has_rsample = True
 
-    def __init__(self, guide: Conjugate) -> None:
+    def __init__(self, guide: Families) -> None:
         self._guide = guide
         shape = torch.Size((guide.num_latents,))
         super().__init__(torch.Size(), shape, validate_args=False)
