@@ -35,9 +35,9 @@ from latentlab.supports import Latent
 __all__ = [
     "Amortised",
     "Arrow",
-    "Families",
     "Draws",
     "DrawsRows",
+    "Families",
     "Flow",
     "FullRank",
     "Guide",
