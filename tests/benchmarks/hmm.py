@@ -5,8 +5,8 @@ The same float64 numbers on both sides, chains in one array (B, T, K). latentlab
 hmmlearn its scaled recursions as in its own E-step, chain by chain: forward, backward, posteriors,
 expected transitions. Its default recursions in logarithms are the last column.
 
-Below these are whole steps of Baum and Welch, E and M, as ``fit(..., method="natural")`` takes them
-and as ``GaussianHMM.fit`` does, from the same start.
+Below these are whole steps of Baum and Welch, E and M, as ``fit(..., method="natural")`` takes
+them and as ``GaussianHMM.fit`` does, from the same start.
 """
 
 import numpy as np
