@@ -27,6 +27,7 @@ from latentlab.guides.base import Draws, DrawsRows, Guide
 from latentlab.guides.flow import Flow
 from latentlab.guides.gaussian import FullRank, MeanField, Point
 from latentlab.guides.low_rank import LowRank
+from latentlab.guides.normal_wishart import NormalWishart
 from latentlab.guides.rebuild import guide_from_spec
 from latentlab.guides.structured import Arrow, Structured
 from latentlab.supports import Latent
@@ -42,6 +43,7 @@ __all__ = [
     "Latent",
     "LowRank",
     "MeanField",
+    "NormalWishart",
     "Point",
     "Structured",
     "guide_from_spec",
