@@ -104,7 +104,9 @@ class TestTheProtocol:
         assert "center" not in pyro.get_param_store()
 
     def test_stages_are_taken_where_they_are_asked_for(self, x):
-        posterior = ll.fit(NormalMean(), x, guide, method="stages", max_steps=300, progress=False)
+        posterior = ll.fit(
+            NormalMean(), x, guide, method="stages", max_steps=50, num_restarts=1, progress=False
+        )
         assert posterior.method == "stages"
 
     @pytest.mark.parametrize(
@@ -139,14 +141,14 @@ class TestTheEnd:
 
     def test_a_slow_climb_goes_on_until_it_is_there(self, x):
         class Slow(Mean):
-            def maximise(self, statistics):
-                store = pyro.get_param_store()
-                aim = statistics["sum"] / (1 + statistics["number"])
-                store["precision"] = 1 + statistics["number"]
-                store["center"] = store["center"] + 0.02 * (aim - store["center"])
+            def statistics(self, x, size=None):
+                found, bound = super().statistics(x, size)
+                here = pyro.param("center").detach() * (1 + len(x))
+                return found | {"sum": torch.lerp(here, found["sum"], 0.02)}, bound
 
         posterior = fitted(Slow(), x)
         assert posterior.converged
+        assert len(posterior.losses) < 20  # by leaps; without them some 200
         off = log_evidence(x) + float(posterior.losses[-1])
         assert -1e-9 < off < 2 * 0.03**2 / 2
         assert "left to gain" in posterior.stop_reason

@@ -28,6 +28,7 @@ from latentlab.guides.families import Families
 from latentlab.guides.flow import Flow
 from latentlab.guides.gaussian import FullRank, MeanField, Point
 from latentlab.guides.low_rank import LowRank
+from latentlab.guides.normal_wishart import NormalWishart
 from latentlab.guides.rebuild import guide_from_spec
 from latentlab.guides.structured import Arrow, Structured
 from latentlab.supports import Latent
@@ -44,6 +45,7 @@ __all__ = [
     "Latent",
     "LowRank",
     "MeanField",
+    "NormalWishart",
     "Point",
     "Structured",
     "guide_from_spec",

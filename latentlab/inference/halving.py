@@ -55,14 +55,15 @@ def natural_updates(pair: Pair, settings: Settings) -> Updates | None:
     Raises:
         ValueError: if they were asked for, and there are none, or they cannot be taken.
     """
-    if settings.method not in ("auto", "natural"):
-        return None
-    model = owner_of(pair.model)
-    found = model.updates(pair.guide) if isinstance(model, OffersUpdates) else None
-    why = ""
+    guide = pair.guide
+    needs_them = isinstance(guide, Guide) and guide.set_by_updates
+    model, why = owner_of(pair.model), ""
+    found = model.updates(guide) if isinstance(model, OffersUpdates) else None
     if found is None:
-        name = type(pair.guide).__name__ if isinstance(pair.guide, Guide) else "this guide"
+        name = type(guide).__name__ if isinstance(guide, Guide) else "this guide"
         why = f"the model offers no conjugate updates of {name}"
+    elif settings.method == "stages":
+        why = 'method is "stages", which follows gradients; leave it at "auto"'
     elif settings.backend == "xla":
         why = 'no compiled step is taken by it; leave backend at "auto"'
     elif not isinstance(settings.objective, ELBO):
@@ -71,6 +72,10 @@ def natural_updates(pair: Pair, settings: Settings) -> Updates | None:
         why = f"lr is the length of a step, at most 1, got {settings.lr:g}"
     if why and settings.method == "natural":
         raise ValueError(f'method: "natural" cannot climb this pair: {why}')
+    if why and needs_them:
+        raise ValueError(
+            f"guide: {type(guide).__name__} is set by conjugate updates alone, and {why}"
+        )
     return None if why else found
 
 

@@ -13,6 +13,9 @@ of variational Bayes else; it never lowers the bound. Its gains :math:`g_t` fall
 
 and the climb has converged when that is less than :math:`\mathrm{tol}^2 / 2` nats of all data: by
 the curvature of the bound no figure is then further off than tol posterior standard deviations.
+After a few steps of length one, leaps take their place (:mod:`latentlab.inference.anderson`). One
+that does not raise the bound is taken back; r is then the squared rate of the slowest direction
+that they know of.
 
 With mini-batches :math:`\rho_t` falls like :math:`t^{-0.6}`. After each epoch the bound of all
 rows is taken, and with it their statistics, a batch at a time; when an epoch gains nothing more,
@@ -42,6 +45,7 @@ from torch import Tensor
 from latentlab.diagnostics import Estimate
 from latentlab.guides import Draws, Guide
 from latentlab.inference import objectives
+from latentlab.inference.anderson import Anderson
 from latentlab.inference.batches import Batches, num_rows, take
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.sandbox import manual_seed, stream
@@ -54,6 +58,7 @@ __all__ = ["NaturalClimb", "sized"]
 
 _DECAY = 0.6  # power by which the steps of mini-batches get shorter
 _FIRST = 0.6  # length of the first of them
+_PLAIN = 3  # gains of plain steps, before leaps are taken
 _ROUNDING = 64.0  # units in the last place of a bound that a sum over rows may be off by
 _DRAWS = 256  # that tell where a start ended
 _NOT_SHORTER = "a conjugate update has no shorter step"
@@ -159,30 +164,68 @@ class NaturalClimb:
         """Steps with all rows until next to nothing is left to gain."""
         self.stage_starts.append(self.num_steps)
         gains: list[float] = []
+        memory, plain = Anderson(), None
         before = self.state()
         try:
             while True:
-                statistics, bound = self._expect(data, parts)
+                found = self._unless_worse(data, parts, plain)
+                if found is None and plain is not None:  # a leap that led down is taken back
+                    self._note(self.bound)
+                    memory.forget()
+                    self._step(plain, 1.0)
+                    plain = None
+                    continue
+                statistics, bound = found or self._expect(data, parts)
                 if len(self.losses) > self.stage_starts[-1]:
                     gains.append(bound - self.bound)
                 if gains and gains[-1] < -self._rounding(bound, self.pair.dtype):
                     self._fell(gains[-1], before)
                     break
-                left = _left(gains, self._rounding(bound, self._dtype))
+                left = self._left(gains, bound, memory)
                 self._note(bound)
-                before = self.state()
-                self._step(statistics, rate)
+                before, plain = self.state(), None
                 if left <= self.tol**2 / 2:
-                    self.converged = True
-                    self.stop_reason = self._end(gains, left)
+                    self._step(statistics, rate)
+                    self.converged, self.stop_reason = True, self._end(gains, left)
                     break
                 if self.num_steps >= most:
+                    self._step(statistics, rate)
                     self.stop_reason = f"max_steps: {self.num_steps} steps, {_still(left)}"
                     break
+                if rate == 1.0 and self._at is not None and len(gains) >= _PLAIN:
+                    plain = statistics
+                    statistics = memory.propose(self._at, statistics)
+                try:
+                    self._step(statistics, rate)
+                except FitDivergedError:
+                    if plain is None:
+                        raise
+                    self._step(plain, 1.0)
         except KeyboardInterrupt:
             self.restore(before)
             raise
         self.stage_elbos.append(Estimate(self.bound, 0.0))
+
+    def _unless_worse(
+        self, data: Arguments, parts: list[Tensor] | None, plain: Mapping[str, Tensor] | None
+    ) -> tuple[dict[str, Tensor], float] | None:
+        """Statistics and the bound; after a leap only where it led up."""
+        try:
+            found = self._expect(data, parts)
+        except FitDivergedError:
+            if plain is None:
+                raise
+            return None
+        return found if plain is None or found[1] >= self.bound else None
+
+    def _left(self, gains: list[float], bound: float, memory: Anderson) -> float:
+        """What is left to gain, by the gains so far and the slowest direction of the leaps."""
+        if gains and gains[-1] <= self._rounding(bound, self._dtype):
+            return 0.0
+        if len(memory.ways) > 2:
+            rate = memory.rate() ** 2  # of gains, which go by squares
+            return max(gains[-2:]) * rate / (1 - rate)
+        return _left(gains, 0.0)
 
     def _end(self, gains: list[float], left: float) -> str:
         return (
