@@ -70,8 +70,8 @@ def expected_counts(
         >>> seen = torch.tensor([[[0.6, 0.4], [0.6, 0.4]]]).log()
         >>> counts = expected_counts(coin, stay, seen)
         >>> counts.starts, counts.moves
-        (tensor([0.6000, 0.4000]), tensor([[0.5625, 0.0417],
-                [0.0417, 0.3750]]))
+        (tensor([0.6744, 0.3256]), tensor([[0.6279, 0.0465],
+                [0.0465, 0.2791]]))
     """
     arrays = (initial, transitions, log_likelihoods)
     log_prob, *kept = hmm_op.hmm_forward(*arrays, lengths, True)
