@@ -288,7 +288,7 @@ class Hills:
 class TestStarts:
     def test_the_best_start_wins_and_the_agreement_is_told(self):
         x = torch.ones(50, dtype=F64)
-        posterior = ll.fit(TwoModes(), x, progress=False)
+        posterior = ll.fit(TwoModes(), x, num_restarts=8, progress=False)
         assert float(posterior.params["at"]) == pytest.approx(3.0, abs=1e-2)
         restarts = posterior.restarts
         assert len(restarts.elbos) == 2
@@ -297,7 +297,7 @@ class TestStarts:
 
     def test_many_rows_are_not_all_looked_at_by_the_starts(self):
         x = torch.ones(50_000, dtype=F64)
-        posterior = ll.fit(TwoModes(), x, progress=False)
+        posterior = ll.fit(TwoModes(), x, num_restarts=8, progress=False)
         assert posterior.restarts.num_rows == 2500
         assert "at 2500 rows" in str(posterior.restarts)
         assert posterior.converged

@@ -26,7 +26,9 @@ from torch import Tensor
 __all__ = ["Anderson"]
 
 _MEMORY = 10  # steps
-_RIDGE = 1e-13  # of the largest squared change
+_RIDGE = 1e-12  # least damping, where changes have length one
+_MOST = 1e6
+_MORE, _LESS = 1e4, 10.0  # damping after a leap that led down, and after one that led up
 _SLOWEST = 0.9999  # rate that is believed
 
 
@@ -45,11 +47,16 @@ class Anderson:
 
     places: list[Tensor] = field(default_factory=list)
     ways: list[Tensor] = field(default_factory=list)
+    damping: float = _RIDGE
 
-    def forget(self) -> None:
-        """Begin anew."""
-        self.places.clear()
-        self.ways.clear()
+    def learn(self, led_up: bool) -> None:
+        """Leap less far after a leap that led down, and further again after others.
+
+        Arguments:
+            led_up: whether the last one raised what is climbed.
+        """
+        further = max(self.damping / _LESS, _RIDGE)
+        self.damping = further if led_up else min(self.damping * _MORE, _MOST)
 
     def propose(self, at: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Where to go from a place.
@@ -67,10 +74,11 @@ class Anderson:
         self.ways.append(end - place)
         if len(self.ways) > 1:
             moved, changed = self._differences()
-            gram = changed.T @ changed
-            ridge = _RIDGE * gram.diagonal().max().clamp_min(1e-300)
-            gram.diagonal().add_(ridge)
-            shares = torch.linalg.solve(gram, changed.T @ self.ways[-1])
+            length = changed.norm(dim=0).clamp_min(1e-300)
+            unit = changed / length
+            gram = unit.T @ unit
+            gram.diagonal().add_(self.damping)
+            shares = torch.linalg.solve(gram, unit.T @ self.ways[-1]) / length
             leap = end - (moved + changed) @ shares
             end = leap if bool(leap.isfinite().all()) else end
         return _shaped(end, new)
@@ -80,9 +88,11 @@ class Anderson:
         if len(self.ways) < 2:
             return 0.0
         moved, changed = self._differences()
-        gram = moved.T @ moved
-        gram.diagonal().add_(_RIDGE * gram.diagonal().max().clamp_min(1e-300))
-        along = torch.linalg.solve(gram, moved.T @ (moved + changed))
+        length = moved.norm(dim=0).clamp_min(1e-300)
+        unit = moved / length
+        gram = unit.T @ unit
+        gram.diagonal().add_(_RIDGE)
+        along = torch.linalg.solve(gram, unit.T @ ((moved + changed) / length))
         if not along.isfinite().all():
             return _SLOWEST
         return min(float(torch.linalg.eigvals(along).abs().max()), _SLOWEST)

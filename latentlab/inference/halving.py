@@ -35,10 +35,10 @@ from latentlab.protocols import OffersUpdates, PlacesStarts, StartsFrom, Updates
 
 __all__ = ["Race", "climb_naturally", "natural_updates"]
 
-_STARTS = 8
+_STARTS = 4
 _FINALISTS = 2
 _ROUND = 4  # steps of the first round
-_FINAL = 200  # steps that a finalist takes at the most
+_FINAL = 60  # steps that a finalist takes at the most
 _FEWEST_ROWS = 2_000  # that tell starts apart
 _SHARE = 20  # of which part of the rows, where they are many
 _ROWS_A_LATENT = 2

@@ -171,11 +171,13 @@ class NaturalClimb:
                 found = self._unless_worse(data, parts, plain)
                 if found is None and plain is not None:  # a leap that led down is taken back
                     self._note(self.bound)
-                    memory.forget()
+                    memory.learn(led_up=False)
                     self._step(plain, 1.0)
                     plain = None
                     continue
                 statistics, bound = found or self._expect(data, parts)
+                if plain is not None:
+                    memory.learn(led_up=True)
                 if len(self.losses) > self.stage_starts[-1]:
                     gains.append(bound - self.bound)
                 if gains and gains[-1] < -self._rounding(bound, self.pair.dtype):

@@ -43,7 +43,7 @@ from latentlab.guides import NormalWishart as NormalWishartGuide
 from latentlab.guides import Point as PointGuide
 from latentlab.models.gmm_em import Point, expected, maximum
 from latentlab.models.gmm_priors import Conjugate
-from latentlab.models.gmm_starts import around, far_rows, random_rows
+from latentlab.models.gmm_starts import clustered, greedy_rows, random_rows
 
 if TYPE_CHECKING:
     from latentlab.models.gmm import GaussianMixture
@@ -63,6 +63,9 @@ def updates_of(model: GaussianMixture, guide: object) -> PointUpdates | Conjugat
     if isinstance(guide, NormalWishartGuide) and isinstance(model.prior, Conjugate):
         return ConjugateUpdates(model, guide, model.prior.of(model))
     return None
+
+
+_SEED_ROWS, _SEED_ROWS_EACH = 1_000, 50  # rows that seeds are chosen among, at least
 
 
 @dataclass(frozen=True)
@@ -99,12 +102,23 @@ class _Updates:
         y = self._look(x).y
         counts = torch.ones_like(y[:, 0]) if weights is None else weights.to(y)
         filled, K = y.nan_to_num(0.0), model.num_components
-        choose = random_rows if model.init == "random" else far_rows
-        seeds = choose(filled, counts, K, generator)
-        near = torch.cdist(filled, seeds).square().amin(-1)
-        variance = float((counts @ near) / counts.sum()) / model.num_features
-        at = around(seeds, model.covariance, max(variance, model.floor**2, 1e-6))
-        self.maximise(_statistics(self._moments(at, x, weights, size)))
+        few = torch.randperm(len(y), generator=generator, device=y.device)[
+            : max(_SEED_ROWS, _SEED_ROWS_EACH * K)
+        ]
+        choose = random_rows if model.init == "random" else greedy_rows
+        seeds = choose(filled[few], counts[few], K, generator)
+        shares = clustered(filled, counts, seeds)
+        number, total = shares.sum(1), shares @ filled
+        if model.covariance in ("full", "tied"):
+            squares = torch.stack([(filled * share[:, None]).T @ filled for share in shares])
+        else:
+            squares = shares @ filled**2
+        scale = 1.0 if size is None else size / len(x)
+        # A pseudo-row keeps a cluster of a few rows from having no width.
+        eye = torch.eye(model.num_features).to(y)
+        unit = eye if squares.dim() == 3 else eye.diagonal()
+        found = {"number": number + 1, "total": total, "squares": squares + unit / 4}
+        self.maximise({name: scale * value for name, value in found.items()})
 
     def _look(self, x: Tensor) -> _Rows:
         """The rows as they are needed, kept for the next step with them."""
