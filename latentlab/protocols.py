@@ -26,11 +26,14 @@ __all__ = [
     "LabelsRows",
     "NamesDims",
     "OffersGuide",
+    "OffersUpdates",
+    "PlacesStarts",
     "ReadsItsRows",
     "Rebuildable",
     "ScalesToData",
     "StartsFrom",
     "ToleratesMissing",
+    "Updates",
     "owner_of",
 ]
 
@@ -139,6 +142,61 @@ class OffersGuide(Protocol):
 
     def default_guide(self) -> Any:  # noqa: ANN401
         """A guide for this model, not yet bound to data."""
+
+
+@runtime_checkable
+class Updates(Protocol):
+    """The conjugate update of a guide, which a natural-gradient step of length one is.
+
+    Both methods are called with the parameters of the pair at hand, as its guide is.
+    """
+
+    def statistics(self, *data: Any, **named: Any) -> tuple[dict[str, Tensor], Tensor]:  # noqa: ANN401
+        """Expected sufficient statistics at the guide as it is, and the bound there.
+
+        Statistics of parts of the rows may be averaged: they are sums over rows, and those of a
+        mini-batch are scaled to all rows.
+
+        Arguments:
+            data: what the model is called with; a mini-batch has ``size``.
+            named: data given by keyword.
+
+        Returns:
+            Name -> statistic; and what ``maximise`` never lowers, in nats per data set.
+        """
+
+    def maximise(self, statistics: Mapping[str, Tensor]) -> None:
+        """Put the guide where statistics lead, in place: an M-step, or a conjugate update.
+
+        Arguments:
+            statistics: as ``statistics`` returns them, or a weighted mean of several.
+        """
+
+
+@runtime_checkable
+class PlacesStarts(Protocol):
+    """Updates that know good places to start from, in the place of ``StartsFrom``."""
+
+    def place(self, seed: int, *data: Any, **named: Any) -> None:  # noqa: ANN401
+        """Put the guide at a start, in place; another seed, another start.
+
+        Arguments:
+            seed: of all chance.
+            data: what the model is called with; of some rows, with ``size``.
+            named: data given by keyword.
+        """
+
+
+@runtime_checkable
+class OffersUpdates(Protocol):
+    """A model that knows the conjugate updates of guides of it."""
+
+    def updates(self, guide: Any) -> Updates | None:  # noqa: ANN401
+        """The update of a guide in place, or ``None`` where it has none.
+
+        Arguments:
+            guide: the fit's own copy, bound to the data.
+        """
 
 
 @runtime_checkable

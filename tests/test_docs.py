@@ -114,7 +114,8 @@ def test_pages_are_in_the_index():
 PUBLIC = (
     *("latentlab", "latentlab.data", "latentlab.data.simulate", "latentlab.data.checks"),
     *("latentlab.diagnostics", "latentlab.distributions", "latentlab.distributions.emissions"),
-    *("latentlab.distributions.hmm", "latentlab.flows", "latentlab.guides", "latentlab.models"),
+    *("latentlab.distributions.factors", "latentlab.distributions.hmm", "latentlab.flows"),
+    *("latentlab.guides", "latentlab.models"),
     *("latentlab.nn", "latentlab.objectives", "latentlab.protocols", "latentlab.sklearn"),
     "latentlab.testing",
 )

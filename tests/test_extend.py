@@ -36,8 +36,9 @@ def run(section, upto=None, **given):
     return names
 
 
-def test_the_page_has_the_four_examples():
-    assert list(blocks()) == ["An emission", "A likelihood", "A flow", "A guide"]
+def test_the_page_has_the_five_examples():
+    expected = ["An emission", "A likelihood", "A flow", "A guide", "An update"]
+    assert list(blocks()) == expected
 
 
 @pytest.mark.parametrize("section", ["An emission", "A likelihood", "A flow", "A guide"])
@@ -257,6 +258,16 @@ class TestGuide:
 
         with pytest.raises(ValueError, match="loc"):
             check_laws(guide_fit["model"], guide_fit["x"], forgets)
+
+
+class TestUpdate:
+    def test_one_step_leads_to_the_evidence(self):
+        x = 1.5 + torch.randn(40, generator=torch.Generator().manual_seed(11), dtype=torch.float64)
+        posterior = run("An update", x=x, print=_silent)["posterior"]
+        square = x.square().sum() - x.sum() ** 2 / 41
+        evidence = -0.5 * (40 * math.log(2 * math.pi) + math.log(41) + float(square))
+        assert posterior.method == "natural"
+        assert posterior.log_weights(5).tolist() == pytest.approx([evidence] * 5, abs=1e-9)
 
 
 def _silent(*args):

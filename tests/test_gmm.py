@@ -19,7 +19,7 @@ import latentlab as ll
 from latentlab import protocols
 from latentlab.data import Table
 from latentlab.guides import FullRank, MeanField
-from latentlab.models import gmm, gmm_remarks, gmm_starts
+from latentlab.models import gmm, gmm_em, gmm_remarks, gmm_starts
 
 SEEDS = st.integers(0, 2**32 - 1)
 NAN = float("nan")
@@ -380,22 +380,28 @@ def shaped(moments, held, covariance):
     return np.array([np.diag(v) for v in variances])
 
 
+def em_step(y, counts, at, covariance):
+    """The point a step leads to, and the log-likelihood before it."""
+    moments = gmm_em.expected(at, y, counts)
+    return gmm_em.maximum(moments, covariance, pseudo=0.5), float(moments.log_likelihood)
+
+
 @pytest.mark.parametrize("covariance", COVARIANCES)
 def test_one_step_of_expectation_maximisation_by_hand(covariance):
     """Missing cells get their conditional mean and covariance; half a pseudo-row is added."""
     rng = np.random.default_rng(11)
     y, counts = rows_of(rng, 20, 3, missing=0.3), rng.integers(1, 4, size=20).astype(float)
     seeds = torch.from_numpy(rng.normal(size=(3, 3)))
-    start = gmm_starts._around(seeds, covariance)
+    start = gmm_starts.around(seeds, covariance)
     rows = torch.from_numpy(y), torch.from_numpy(counts)
-    at = gmm_starts.expectation_maximisation(*rows, start, covariance, 2)
-    again = gmm_starts.expectation_maximisation(*rows, at, covariance, 1)
-    weights, locs, covariances = at.weights.numpy(), at.locs.numpy(), matrices(at)
+    at = em_step(*rows, em_step(*rows, start, covariance)[0], covariance)[0]
+    again, height = em_step(*rows, at, covariance)
+    weights, locs, covariances = at.log_weights.exp().numpy(), at.locs.numpy(), matrices(at)
     joint = normal_joint(y, weights, locs, covariances)
-    assert again.log_likelihood == pytest.approx(counts @ logsumexp(joint, axis=1))
+    assert height == pytest.approx(counts @ logsumexp(joint, axis=1))
     odds = counts[:, None] * np.exp(joint - logsumexp(joint, axis=1, keepdims=True))
     held = odds.sum(0) + 0.5
-    np.testing.assert_allclose(again.weights, held / (counts.sum() + 1.5))
+    np.testing.assert_allclose(again.log_weights.exp(), held / (counts.sum() + 1.5))
     means, moments = np.zeros((3, 3)), np.zeros((3, 3, 3))
     for k in range(3):
         first, second = np.zeros(3), 0.5 * 0.25 * np.eye(3)
@@ -423,16 +429,16 @@ def test_no_step_of_expectation_maximisation_goes_down(covariance, seed, K, miss
     rng = np.random.default_rng(seed)
     y = torch.from_numpy(rows_of(rng, 40, 2, missing))
     y = (y - y.nanmean(0)) / torch.from_numpy(np.nanstd(y.numpy(), 0))
-    at, counts, previous = gmm_starts._around(y[:K].nan_to_num(0.0), covariance), None, -math.inf
+    at, counts, previous = gmm_starts.around(y[:K].nan_to_num(0.0), covariance), None, -math.inf
     counts = torch.ones(len(y), dtype=torch.float64)
     for _ in range(8):
-        at = gmm_starts.expectation_maximisation(y, counts, at, covariance, 1)
+        at = em_step(y, counts, at, covariance)[0]
         spreads = torch.from_numpy(matrices(at))
-        value = float(at.mixture().log_prob(y).sum())
+        value = float(gmm_em.expected(at, y).log_likelihood)
         inverse = torch.linalg.inv(spreads)
         square = (at.locs.unsqueeze(1) @ inverse @ at.locs.unsqueeze(-1)).flatten()
         square = square + 0.25 * inverse.diagonal(dim1=1, dim2=2).sum(1)
-        pseudo = at.weights.log() - 0.5 * (torch.logdet(spreads) + square)
+        pseudo = at.log_weights - 0.5 * (torch.logdet(spreads) + square)
         value += 0.5 * float(pseudo.sum())
         assert value > previous - 1e-9
         previous = value

@@ -20,11 +20,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Diagonal", "Kernel", "Tilted", "missing_patterns"]
+from latentlab.distributions.quadratic import expected_statistics
+
+__all__ = ["Diagonal", "Kernel", "Moments", "Tilted", "missing_patterns"]
 
 _LOG_2PI = math.log(2 * math.pi)
 
 Kernel = Callable[[Tensor, Tensor, bool], Tensor]
+
+
+@dataclass(frozen=True)
+class Moments:
+    r"""What an E-step takes from rows: sums over n of :math:`r_{nk} (1, x_n, x_n x_n^\top)`.
+
+    Arguments:
+        log_likelihood: of the rows, in nats.
+        number: shape (K,).
+        total: shape (K, D).
+        squares: shape (K, D, D), or its diagonal (K, D) where cells are independent.
+    """
+
+    log_likelihood: Tensor
+    number: Tensor
+    total: Tensor
+    squares: Tensor
 
 
 @dataclass(frozen=True)
@@ -50,6 +69,23 @@ class Diagonal:
         of_cell = -0.5 * linear * locs - scales.log() - unit.log() - 0.5 * _LOG_2PI
         parts = [-0.5 * precision, linear, of_cell, self.log_weights.unsqueeze(-1)]
         return kernel(torch.cat(parts, -1), ((x - centre) / unit).T.contiguous(), False)
+
+    def expected(self, x: Tensor, counts: Tensor | None = None) -> Moments:
+        """The moments of rows (N, D) that count as often as they say; S is one."""
+        value, found = _gathered(self, x, counts)
+        centre, unit = (v.flatten(0, -2).mean(0) for v in (self.locs, self.scales))
+        D, locs, scales = x.shape[1], self.locs[0], self.scales[0]
+        squares, total, present, number = found.split([D, D, D, 1], -1)
+        missing = number - present
+        whole = unit * total + centre * present
+        squares = unit**2 * squares + centre * (2 * whole - centre * present)
+        # A missing cell has the moments of its component.
+        return Moments(
+            value,
+            number[:, 0],
+            whole + missing * locs,
+            squares + missing * (locs**2 + scales**2),
+        )
 
 
 @dataclass(frozen=True)
@@ -86,6 +122,21 @@ class Tilted:
         products = precision[..., i, j] * (0.5 * eye[i, j] - 1)
         return kernel(torch.cat([products, linear, constant.unsqueeze(-1)], -1), y, True)
 
+    def expected(self, x: Tensor, counts: Tensor | None = None) -> Moments:
+        """The moments of rows (N, D) without a missing cell; S is one."""
+        value, found = _gathered(self, x, counts)
+        centre, unit, frame = self._frame()
+        D, out = x.shape[1], unit.unsqueeze(-1) * frame
+        products, total, number = found.split([found.shape[-1] - D - 1, D, 1], -1)
+        i, j = torch.triu_indices(D, D, device=x.device)
+        squares = products.new_zeros(len(products), D, D)
+        squares[:, i, j], squares[:, j, i] = products, products
+        away = total @ out.T  # from the centre
+        squares = out @ squares @ out.T
+        cross = away.unsqueeze(-1) * centre
+        squares = squares + cross + cross.mT + number.unsqueeze(-1) * torch.outer(centre, centre)
+        return Moments(value, number[:, 0], away + number * centre, squares)
+
     def marginal(self, there: Tensor) -> Tilted:
         """The components of some of the columns, given by their indices (D',)."""
         rows = self.trils[..., there, :]
@@ -109,6 +160,20 @@ class Tilted:
     def _into_frame(frame: Tensor, columns: Tensor) -> Tensor:
         """The solution of a triangular system for columns (S, K, D, C)."""
         return torch.linalg.solve_triangular(frame, columns, upper=False)
+
+
+def _gathered(
+    components: Diagonal | Tilted, x: Tensor, counts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The log-likelihood of rows, and their expected statistics (K, F) in the frame."""
+    found = []
+
+    def gather(coefficients: Tensor, y: Tensor, products: bool) -> Tensor:
+        found.append(expected_statistics(coefficients[0], y, products, counts))
+        return found[0][0]
+
+    components.through(gather, x)
+    return found[0]
 
 
 def missing_patterns(x: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -20,11 +20,13 @@ from latentlab.distributions.correlations import (
     correlation_tril,
     partial_correlations,
 )
+from latentlab.distributions.factors import Beta, Dirichlet, Factor, Gamma, Sites
 from latentlab.distributions.normal_row import NormalRow, normal_cells
 
 __all__ = ["BernoulliEmission", "CategoricalEmission", "GaussianEmission", "PoissonEmission"]
 
 _FLOOR = 1e-3  # of a column's standard deviation
+_LEAST = 1e-9  # of the floor: the scale of a state that is at the floor, as good as zero
 _ROUNDING = 1e-13  # of a variance: a correlation matrix keeps its Cholesky factor
 
 
@@ -51,6 +53,7 @@ class GaussianEmission(nn.Module):
         if covariance not in ("diag", "full"):
             raise ValueError(f'covariance: expected "diag" or "full", got {covariance!r}')
         self.num_features, self.covariance = num_features, covariance
+        self.misses_cells = True  # until rows were measured that do not
         self.register_buffer("center", torch.zeros(num_features, dtype=torch.float64))
         self.register_buffer("spread", torch.ones(num_features, dtype=torch.float64))
 
@@ -90,6 +93,8 @@ class GaussianEmission(nn.Module):
 
     def measure(self, x: Tensor) -> None:
         """Take mean and standard deviation of the columns as units, in place."""
+        nan = x.isnan()
+        self.misses_cells = bool((nan.any(1) & ~nan.all(1)).any())
         center = x.nanmean(0)
         away = (x - center).abs().nan_to_num(0.0)
         unit = torch.where(away.amax(0) > 0, away.amax(0), 1.0)
@@ -123,6 +128,44 @@ class GaussianEmission(nn.Module):
             tril = torch.linalg.cholesky(shrink * scaled + (1 - shrink) * eye)
             found["correlations"] = partial_correlations(tril)
         return found
+
+    @property
+    def has_maximum(self) -> bool:
+        """Whether it is in closed form: rows that miss some cells of correlated ones have none."""
+        return not (self._is_tilted and self.misses_cells)
+
+    def statistics(self, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """Weights (K, D), sums (K, D) and of squares (K, D) or products (K, D, D) of cells."""
+        y = ((x - self.center) / self.spread).nan_to_num(0.0)
+        there = (~x.isnan()).to(weights)
+        found = {"held": weights.mT @ there, "first": weights.mT @ y}
+        if not self._is_tilted:
+            return found | {"second": weights.mT @ y.square()}
+        pairs = (y.unsqueeze(-1) * y.unsqueeze(-2)).flatten(1)
+        return found | {"second": (weights.mT @ pairs).unflatten(1, y.shape[1:] * 2)}
+
+    def maximise(self, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Means, scales and correlations; no variance is below the floor."""
+        held = statistics["held"]
+        mean = statistics["first"] / held
+        found = {"locs": self.center + self.spread * mean}
+        least = (_LEAST * _FLOOR) ** 2
+        if not self._is_tilted:
+            variance = statistics["second"] / held - mean.square() - _FLOOR**2
+            return found | {"scales": self.spread * variance.clamp_min(least).sqrt()}
+        product = mean.unsqueeze(-1) * mean.unsqueeze(-2)
+        spread = statistics["second"] / held.unsqueeze(-1) - product
+        empty = spread.isnan()
+        # Likelihood with a floor under all axes: those below it are lifted to it.
+        size, axes = torch.linalg.eigh(torch.where(empty, 0.0, spread))
+        root = (size - _FLOOR**2).clamp_min(least).sqrt().unsqueeze(-1) * axes.mT
+        triangle = torch.linalg.qr(root)[1].mT  # a Cholesky factor that needs no positive matrix
+        scale = triangle.square().sum(-1).sqrt()
+        tril = triangle * triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+        partial = partial_correlations(tril / scale.unsqueeze(-1))
+        scale = torch.where(empty.any(-1), torch.nan, scale)
+        partial = torch.where(empty.any((-2, -1)).unsqueeze(-1), torch.nan, partial)
+        return found | {"scales": self.spread * scale, "correlations": partial}
 
     @property
     def _is_tilted(self) -> bool:
@@ -169,6 +212,35 @@ class PoissonEmission(nn.Module):
         mean, held = _weighted_mean(x, weights)
         return {"rates": (mean * held + 0.01 * self.center) / (held + 0.01)}
 
+    has_maximum = True
+
+    def statistics(self, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """Weights (K, D) and sums (K, D) of the cells that are there."""
+        return _sums(x, weights)
+
+    def maximise(self, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Mean counts, kept off zero."""
+        rates = statistics["first"] / statistics["held"]
+        return {"rates": rates.clamp_min(torch.finfo(rates.dtype).tiny)}
+
+    is_conjugate = True
+
+    def priors(self) -> dict[Sites, Factor]:
+        """The prior of the rates, a gamma family."""
+        return {("rates",): Gamma(torch.ones_like(self.center), 1 / self.center)}
+
+    def posteriors(self, statistics: Mapping[str, Tensor]) -> dict[Sites, Factor]:
+        """That of the rates."""
+        held, first = statistics["held"], statistics["first"]
+        return {("rates",): Gamma(1 + first, 1 / self.center + held)}
+
+    def expected_log_prob(self, x: Tensor, found: Mapping[Sites, Factor]) -> Tensor:
+        """Expected log-density of rows in each state."""
+        rates: Gamma = found["rates",]  # type: ignore[assignment]
+        there, x = (~x.isnan()).to(x), x.nan_to_num(0.0)
+        own = x @ rates.expected_log().mT - there @ rates.expected().mT
+        return own - (x + 1).lgamma().sum(-1, keepdim=True)
+
 
 class CategoricalEmission(nn.Module):
     r"""Codes 0 to C - 1: site ``probs``, :math:`p_{kd} \sim \mathrm{Dirichlet}(1)`.
@@ -207,10 +279,39 @@ class CategoricalEmission(nn.Module):
 
     def estimate(self, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
         """Shares of the codes among weighted rows."""
-        codes = torch.arange(self.num_categories, device=x.device)
-        found = (x.unsqueeze(-1) == codes).to(x.dtype)  # (N, D, C), none where missing
-        counts = torch.einsum("nk,ndc->kdc", weights, found) + 1 / self.num_categories
+        counts = self.statistics(x, weights)["counts"] + 1 / self.num_categories
         return {"probs": counts / counts.sum(-1, keepdim=True)}
+
+    has_maximum = True
+
+    def statistics(self, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """Weights (K, D, C) of the cells with each code."""
+        codes = torch.arange(self.num_categories, device=x.device)
+        found = (x.unsqueeze(-1) == codes).to(weights)  # (N, D, C), none where missing
+        return {"counts": (weights.mT @ found.flatten(1)).unflatten(1, found.shape[1:])}
+
+    def maximise(self, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Shares of the codes."""
+        counts = statistics["counts"]
+        return {"probs": counts / counts.sum(-1, keepdim=True)}
+
+    is_conjugate = True
+
+    def priors(self) -> dict[Sites, Factor]:
+        """The prior of the probabilities, a Dirichlet family."""
+        return {("probs",): Dirichlet(self.alpha)}
+
+    def posteriors(self, statistics: Mapping[str, Tensor]) -> dict[Sites, Factor]:
+        """That of the probabilities."""
+        return {("probs",): Dirichlet(self.alpha + statistics["counts"])}
+
+    def expected_log_prob(self, x: Tensor, found: Mapping[Sites, Factor]) -> Tensor:
+        """Expected log-density of rows in each state."""
+        probs: Dirichlet = found["probs",]  # type: ignore[assignment]
+        columns = probs.expected_log().movedim(-3, -1)  # (D, C, K)
+        codes, missing = x.nan_to_num(0.0).long(), x.isnan().unsqueeze(-1)
+        cells = [column[codes[..., d]] for d, column in enumerate(columns)]
+        return torch.where(missing, 0.0, torch.stack(cells, -2)).sum(-2)
 
 
 class BernoulliEmission(nn.Module):
@@ -249,11 +350,45 @@ class BernoulliEmission(nn.Module):
         mean, held = _weighted_mean(x, weights)
         return {"probs": (mean * held + 0.5) / (held + 1)}
 
+    has_maximum = True
+
+    def statistics(self, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """Weights (K, D) and sums (K, D) of the cells that are there."""
+        return _sums(x, weights)
+
+    def maximise(self, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Shares of ones, kept off zero and one."""
+        probs = statistics["first"] / statistics["held"]
+        finfo = torch.finfo(probs.dtype)
+        return {"probs": probs.clamp(finfo.tiny, 1 - finfo.eps)}
+
+    is_conjugate = True
+
+    def priors(self) -> dict[Sites, Factor]:
+        """The prior of the probabilities, a beta family."""
+        return {("probs",): Beta(self.alpha, self.alpha)}
+
+    def posteriors(self, statistics: Mapping[str, Tensor]) -> dict[Sites, Factor]:
+        """That of the probabilities."""
+        held, first = statistics["held"], statistics["first"]
+        return {("probs",): Beta(self.alpha + first, self.alpha + (held - first))}
+
+    def expected_log_prob(self, x: Tensor, found: Mapping[Sites, Factor]) -> Tensor:
+        """Expected log-density of rows in each state."""
+        probs: Beta = found["probs",]  # type: ignore[assignment]
+        ones, zeros = probs.expected_logs()
+        return x.nan_to_num(0.0) @ ones.mT + (1 - x).nan_to_num(0.0) @ zeros.mT
+
+
+def _sums(x: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """What the cells that are there weigh (K, D), and their sum (K, D)."""
+    held = weights.mT @ (~x.isnan()).to(weights)
+    return {"held": held, "first": weights.mT @ x.nan_to_num(0.0)}
+
 
 def _weighted_mean(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Mean of the cells that are there (K, D), and what they weigh (K, D)."""
-    held = weights.mT @ (~x.isnan()).to(weights)
-    total = weights.mT @ x.nan_to_num(0.0)
+    held, total = _sums(x, weights).values()
     return total / held.clamp_min(1e-12), held
 
 

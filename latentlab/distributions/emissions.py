@@ -14,7 +14,9 @@ emission                        a row in state k
 
 One of your own is any object with :class:`Emission`'s three names: how many columns, the prior
 of a state's numbers, and the distribution of a row given them. What it knows besides it may lend:
-:class:`MeasuresRows`, :class:`ChecksRows`, :class:`EstimatesStates`.
+:class:`MeasuresRows`, :class:`ChecksRows`, :class:`EstimatesStates`, and for steps of
+expectation-maximisation :class:`MaximisesLikelihood`; with a conjugate prior
+:class:`HasConjugatePrior`, and where it draws one site given another :class:`LinksSites`.
 
 Cells that are NaN are missing. The emissions here integrate them out exactly; of others, a step
 with a missing cell is left out as a whole.
@@ -33,12 +35,14 @@ import torch
 from torch import Tensor, nn
 
 from latentlab.distributions.cells import Parts
+from latentlab.distributions.emission_conjugate import NormalGammaEmission
 from latentlab.distributions.emission_kinds import (
     BernoulliEmission,
     CategoricalEmission,
     GaussianEmission,
     PoissonEmission,
 )
+from latentlab.distributions.factors import Factor, Sites
 
 __all__ = [
     "BernoulliEmission",
@@ -47,7 +51,11 @@ __all__ = [
     "Emission",
     "EstimatesStates",
     "GaussianEmission",
+    "HasConjugatePrior",
+    "LinksSites",
+    "MaximisesLikelihood",
     "MeasuresRows",
+    "NormalGammaEmission",
     "PoissonEmission",
     "ProductEmission",
     "emission_of",
@@ -108,6 +116,67 @@ class EstimatesStates(Protocol):
 
     def estimate(self, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
         """Site -> values (K, ...) for rows (N, D) that weigh (N, K) in each state."""
+
+
+@runtime_checkable
+class MaximisesLikelihood(Protocol):
+    """An emission whose likelihood has its maximum in closed form, from sums over rows.
+
+    The sums of several batches may be added, or averaged.
+
+    Example:
+        >>> class Lengths:
+        ...     has_maximum = True
+        ...     def statistics(self, x, weights):
+        ...         return {"held": weights.sum(0), "total": weights.mT @ x[:, 0]}
+        ...     def maximise(self, statistics):
+        ...         return {"rates": (statistics["held"] / statistics["total"])[:, None]}
+        >>> isinstance(Lengths(), MaximisesLikelihood)
+        True
+    """
+
+    @property
+    def has_maximum(self) -> bool:
+        """Whether it has for the rows that were measured: missing cells may be in the way."""
+
+    def statistics(self, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """Sums (K, ...) over rows (N, D) that weigh (N, K) in each state.
+
+        Cells that are NaN are missing; of an emission other than :class:`Cells` and its like,
+        there is none.
+        """
+
+    def maximise(self, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Site -> values (K, ...) of the greatest likelihood, NaN where nothing was seen."""
+
+
+@runtime_checkable
+class LinksSites(Protocol):
+    """An emission with a site that is drawn given another one of the same state."""
+
+    def given(self, site: str, values: Mapping[str, Tensor]) -> Any:  # noqa: ANN401
+        """The prior of a site given values (..., K, *event) of those before it in ``sites()``."""
+
+
+@runtime_checkable
+class HasConjugatePrior(Protocol):
+    """An emission whose posterior is of the family of its prior, once the states are known."""
+
+    @property
+    def is_conjugate(self) -> bool:
+        """Whether it is: of several kinds of columns, all have to be."""
+
+    def priors(self) -> dict[Sites, Factor]:
+        """Sites -> prior of their values in one state."""
+
+    def statistics(self, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """As :meth:`MaximisesLikelihood.statistics`."""
+
+    def posteriors(self, statistics: Mapping[str, Tensor]) -> dict[Sites, Factor]:
+        """Sites -> posterior of their values in all K states."""
+
+    def expected_log_prob(self, x: Tensor, found: Mapping[Sites, Factor]) -> Tensor:
+        """Expected log-density (..., K) of rows (..., D) in each state under factors of theirs."""
 
 
 class ProductEmission(nn.Module):
@@ -185,15 +254,81 @@ class ProductEmission(nn.Module):
                 found |= {names[site]: value for site, value in values.items()}
         return found
 
+    @property
+    def has_maximum(self) -> bool:
+        """Whether all parts have theirs."""
+        return all(isinstance(p, MaximisesLikelihood) and p.has_maximum for p in self.parts)
+
+    def statistics(self, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """The sums of all parts."""
+        return {
+            f"{g}.{name}": value
+            for g, (part, columns) in enumerate(self._pieces(x))
+            for name, value in part.statistics(columns, weights).items()  # type: ignore[attr-defined]
+        }
+
+    def maximise(self, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The values of all parts."""
+        found: dict[str, Tensor] = {}
+        for g, (part, names) in enumerate(zip(self.parts, self.names, strict=True)):
+            own = part_of(statistics, f"{g}.")
+            values = part.maximise(own)  # type: ignore[attr-defined]
+            found |= {names[site]: value for site, value in values.items()}
+        return found
+
+    def given(self, site: str, values: Mapping[str, Tensor]) -> Any:  # noqa: ANN401
+        """The prior of a site, as its part says."""
+        part, names = next(p for p in self._named() if site in p[1].values())
+        own = {s: values[name] for s, name in names.items() if name in values}
+        inner = next(s for s, name in names.items() if name == site)
+        return part.given(inner, own) if isinstance(part, LinksSites) else part.sites()[inner]
+
+    @property
+    def is_conjugate(self) -> bool:
+        """Whether all parts are."""
+        return all(isinstance(p, HasConjugatePrior) and p.is_conjugate for p in self.parts)
+
+    def priors(self) -> dict[Sites, Factor]:
+        """Those of all parts."""
+        found: dict[Sites, Factor] = {}
+        for part, names in self._named():
+            found |= {tuple(names[s] for s in sites): f for sites, f in part.priors().items()}
+        return found
+
+    def posteriors(self, statistics: Mapping[str, Tensor]) -> dict[Sites, Factor]:
+        """Those of all parts."""
+        found: dict[Sites, Factor] = {}
+        for g, (part, names) in enumerate(self._named()):
+            own = part.posteriors(part_of(statistics, f"{g}."))
+            found |= {tuple(names[s] for s in sites): f for sites, f in own.items()}
+        return found
+
+    def expected_log_prob(self, x: Tensor, found: Mapping[Sites, Factor]) -> Tensor:
+        """The sum of those of all parts."""
+        total: Any = 0.0
+        for (part, names), (_, columns) in zip(self._named(), self._pieces(x), strict=True):
+            own = {s: found[tuple(names[site] for site in s)] for s in part.priors()}
+            total = total + part.expected_log_prob(columns, own)
+        return total
+
+    def _named(self) -> list[tuple[Any, dict[str, str]]]:
+        return list(zip(self.parts, self.names, strict=True))
+
     def _pieces(self, x: Tensor) -> list[tuple[Emission, Tensor]]:
         widths = [part.num_features for part in self.parts]
         return list(zip(self.parts, x.split(widths, -1), strict=True))
+
+
+def part_of(statistics: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The sums whose names begin so, by the rest of their names."""
+    return {k.removeprefix(prefix): v for k, v in statistics.items() if k.startswith(prefix)}
 
 
 def emission_of(
     kind: str | Emission | Sequence[str | Emission],
     num_features: int = 1,
     num_categories: int | None = None,
+    conjugate: bool = False,
 ) -> Emission:
     """The emission of a name, or of a name for each column.
 
@@ -203,6 +338,7 @@ def emission_of(
             and neighbours of one name share an emission.
         num_features: number of columns D, where ``kind`` is a name.
         num_categories: number of codes of categorical columns.
+        conjugate: whether priors have to be conjugate, as those of correlations never are.
 
     Raises:
         ValueError: for another name, or categories whose number is not given.
@@ -222,6 +358,8 @@ def emission_of(
                     "num_categories: expected the number of codes of categorical columns, got None"
                 )
             return CategoricalEmission(num_features, num_categories)
+        if kind == "gaussian" and conjugate:
+            return NormalGammaEmission(num_features)
         if kind.startswith("gaussian"):
             return GaussianEmission(num_features, "full" if kind.endswith("full") else "diag")
         if kind == "poisson":
@@ -234,7 +372,9 @@ def emission_of(
                 groups[-1][1] += 1
             else:
                 groups.append([one, 1])
-        return ProductEmission([emission_of(one, num, num_categories) for one, num in groups])
+        return ProductEmission(
+            [emission_of(one, num, num_categories, conjugate) for one, num in groups]
+        )
     if isinstance(kind, Emission):
         return kind
     raise TypeError(

@@ -25,7 +25,7 @@ from latentlab.distributions.cells import Cells, Parts
 from latentlab.distributions.normal_row import NormalRow
 from latentlab.distributions.stochastic import expect_probabilities
 
-__all__ = ["HiddenMarkov", "log_likelihoods"]
+__all__ = ["HiddenMarkov", "log_likelihoods", "missing_steps"]
 
 
 class _RealOrMissing(constraints.Constraint):
@@ -194,14 +194,23 @@ def log_likelihoods(emission: Any, x: Tensor) -> Tensor:  # noqa: ANN401
     Returns:
         Nats, shape (..., T, K).
     """
-    nan = x.isnan()
-    reads_cells = isinstance(emission, Cells | Parts | NormalRow)
-    missing = nan.all(-1) if reads_cells else nan.any(-1)
+    nan, missing = x.isnan(), missing_steps(emission, x)
     # In the place of a missing step stands a row that could be: no gradient is lost to a NaN.
     seen = torch.where(nan, -torch.inf, x).flatten(0, -2).amax(0)
     seen = torch.where(seen.isinf(), 0.0, seen)
     x = torch.where(missing.unsqueeze(-1), seen, x)
     return torch.where(missing.unsqueeze(-1), 0.0, emission.log_prob(x.unsqueeze(-2)))
+
+
+def missing_steps(emission: Any, x: Tensor) -> Tensor:  # noqa: ANN401
+    """Which steps (...,) of sequences (..., D) say nothing of their state.
+
+    Arguments:
+        emission: as for :func:`log_likelihoods`.
+        x: as there.
+    """
+    reads_cells = isinstance(emission, Cells | Parts | NormalRow)
+    return x.isnan().all(-1) if reads_cells else x.isnan().any(-1)
 
 
 def _inverted(ends: Tensor, noise: Tensor) -> Tensor:

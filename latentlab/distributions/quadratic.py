@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-__all__ = ["features", "is_traced", "log_sum_exp", "quadratic_forms"]
+__all__ = ["expected_statistics", "features", "is_traced", "log_sum_exp", "quadratic_forms"]
 
 _CHUNK = 2**18  # numbers of a piece: 2 MiB
 
@@ -79,6 +79,36 @@ def log_sum_exp(coefficients: Tensor, y: Tensor, products: bool) -> Tensor:
         return _LogSumExp.apply(coefficients, y, products)[0]
     pieces = _pieces(coefficients, y, products)
     return torch.cat([_values(coefficients, phi)[0] for phi in pieces], -1)
+
+
+def expected_statistics(
+    coefficients: Tensor, y: Tensor, products: bool, counts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""The sum of :math:`\ell` over all rows and its gradient, the expected statistics.
+
+    Arguments:
+        coefficients: :math:`W`, shape (K, F), float64.
+        y: as for :func:`log_sum_exp`.
+        products: likewise.
+        counts: how often each row counts, shape (N,); once by default.
+
+    Returns:
+        A number, and shape (K, F).
+    """
+    value, statistics, start = coefficients.new_zeros(()), torch.zeros_like(coefficients), 0
+    for phi in _pieces(coefficients.unsqueeze(0), y, products):
+        joint = coefficients @ phi
+        top = joint.amax(0)
+        terms = joint.sub_(top).exp_()
+        total = terms.sum(0)
+        log_sum, share = top + total.log(), total.reciprocal()
+        if counts is not None:
+            part = counts[start : start + phi.shape[1]]
+            log_sum, share = log_sum * part, share * part
+        value = value + log_sum.sum()
+        statistics.addmm_(terms.mul_(share), phi.T)
+        start += phi.shape[1]
+    return value, statistics
 
 
 def quadratic_forms(coefficients: Tensor, y: Tensor, products: bool) -> Tensor:

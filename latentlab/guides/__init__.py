@@ -24,9 +24,11 @@ References:
 
 from latentlab.guides.amortised import Amortised
 from latentlab.guides.base import Draws, DrawsRows, Guide
+from latentlab.guides.families import Families
 from latentlab.guides.flow import Flow
 from latentlab.guides.gaussian import FullRank, MeanField, Point
 from latentlab.guides.low_rank import LowRank
+from latentlab.guides.normal_wishart import NormalWishart
 from latentlab.guides.rebuild import guide_from_spec
 from latentlab.guides.structured import Arrow, Structured
 from latentlab.supports import Latent
@@ -36,12 +38,14 @@ __all__ = [
     "Arrow",
     "Draws",
     "DrawsRows",
+    "Families",
     "Flow",
     "FullRank",
     "Guide",
     "Latent",
     "LowRank",
     "MeanField",
+    "NormalWishart",
     "Point",
     "Structured",
     "guide_from_spec",

@@ -86,6 +86,7 @@ class Guide(nn.Module, ABC):
 
     has_density: ClassVar[bool] = True  # a point mass has none: no Jacobian counts
     follows_rows: ClassVar[bool] = False  # whether it can draw the latents of some rows alone
+    set_by_updates: ClassVar[bool] = False  # in closed form: no gradient moves it
     local_plate: str | None = None
     latents: tuple[Latent, ...] = ()
     max_plate_nesting: int = 0

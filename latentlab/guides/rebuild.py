@@ -10,15 +10,20 @@ from torch import nn
 
 from latentlab.guides.amortised import Amortised
 from latentlab.guides.base import Guide
+from latentlab.guides.families import Families
 from latentlab.guides.flow import Flow
 from latentlab.guides.gaussian import FullRank, MeanField, Point
 from latentlab.guides.low_rank import LowRank
+from latentlab.guides.normal_wishart import NormalWishart
 from latentlab.guides.structured import Structured
 from latentlab.supports import Latent
 
 __all__ = ["guide_from_spec"]
 
-_KINDS = (Point, MeanField, LowRank, FullRank, Structured, Amortised, Flow)
+_KINDS = (
+    *(Point, MeanField, LowRank, FullRank, Structured, Amortised, Flow),
+    *(Families, NormalWishart),
+)
 
 
 def guide_from_spec(

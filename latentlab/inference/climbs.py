@@ -13,8 +13,10 @@ from latentlab.diagnostics import Estimate
 from latentlab.guides import Flow, Guide
 from latentlab.inference.batches import Batches, follows_rows
 from latentlab.inference.bounds import draws_for
+from latentlab.inference.halving import climb_naturally, natural_updates
 from latentlab.inference.many_rows import glance
 from latentlab.inference.minibatches import batches_of
+from latentlab.inference.natural import NaturalClimb
 from latentlab.inference.networks import NETWORK_RATE, NetworkClimb, has_networks
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.ranks import ALONE
@@ -54,9 +56,16 @@ class Climbs:
     tick: Callable[[int, float], None]
     held: Arguments | None
 
-    def first(self, leave: Callable[[], bool]) -> tuple[Climb | NetworkClimb, Restarts]:
+    def first(
+        self, leave: Callable[[], bool]
+    ) -> tuple[Climb | NetworkClimb | NaturalClimb, Restarts]:
         """Warm up from every start; unless it is left then, go on from the best of them."""
         pair, settings, batch_size = self.pair, self.settings, self.batch_size
+        updates = natural_updates(pair, settings)
+        if updates is not None:
+            natural, race = climb_naturally(pair, updates, settings, batch_size, self.tick, leave)
+            agreement = _agreement(pair, race.bounds(), race.places())
+            return natural, replace(agreement, given_up=race.given_up, num_rows=race.num_rows)
         num_restarts, num_particles = _affordable(pair, settings, batch_size)
         lr, tol, max_steps = _first_rate(pair, settings), settings.tol, settings.max_steps
         networks, finds_rate = has_networks(pair), settings.lr is None

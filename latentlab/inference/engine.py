@@ -23,11 +23,11 @@ from latentlab.inference.devices import as_device
 from latentlab.inference.evaluation import particle_chunk
 from latentlab.inference.held_out import HeldOut, as_share, measure
 from latentlab.inference.journal import Journal, Part, opened
-from latentlab.inference.ladder import ladder_for
+from latentlab.inference.ladder import AnyClimb, ladder_for
 from latentlab.inference.manifest import manifest
 from latentlab.inference.minibatches import aligned_batch_size
 from latentlab.inference.modes import standing
-from latentlab.inference.networks import NetworkClimb, is_judged_by_row
+from latentlab.inference.networks import is_judged_by_row
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.posterior import Posterior
 from latentlab.inference.progress import progress_bar
@@ -36,7 +36,7 @@ from latentlab.inference.rows import DRAWS_OF_ROWS, elbo_of_rows
 from latentlab.inference.sandbox import manual_seed, stream
 from latentlab.inference.settings import Settings, bound_of
 from latentlab.inference.shards import share_out
-from latentlab.inference.stages import INTERRUPTED, Climb, FitDivergedError
+from latentlab.inference.stages import INTERRUPTED, FitDivergedError
 from latentlab.objectives import ELBO, Objective
 from latentlab.protocols import HoldsOut, owner_of
 
@@ -60,7 +60,7 @@ def fit(
     seed: int = 0,
     backend: Literal["auto", "eager", "xla"] = "auto",
     objective: Objective = ELBO(),  # noqa: B008
-    method: Literal["auto", "stages"] = "auto",
+    method: Literal["auto", "stages", "natural"] = "auto",
     progress: bool | None = None,
     checkpoint: str | Path | None = None,
     device: str | torch.device | None = None,
@@ -112,8 +112,10 @@ def fit(
             it was, and why.
         objective: what is climbed, one of :mod:`latentlab.objectives`: by default the ELBO,
             which is what is reported whatever is climbed.
-        method: how it is climbed: ``"stages"`` (averaged stages of Adam), or ``"auto"`` for what
-            suits the pair. ``posterior.method`` says which it was.
+        method: how it is climbed: ``"stages"`` (averaged stages of Adam), ``"natural"`` (conjugate
+            updates, where the model offers them for the guide: expectation-maximisation for a
+            point; see :mod:`latentlab.inference.natural`), or ``"auto"`` for what suits the pair.
+            ``posterior.method`` says which it was.
         progress: a progress bar; by default where stderr is a terminal.
         checkpoint: a folder, made if missing, where what was done so far is kept: after a kill,
             at any moment, the same call goes on from there, to the same bytes. Another model,
@@ -252,7 +254,7 @@ def _refusal(faults: tuple[Fault, ...]) -> str:
 
 
 def _figures(
-    pair: Pair, climb: Climb | NetworkClimb, held: Arguments | None, seed: int
+    pair: Pair, climb: AnyClimb, held: Arguments | None, seed: int
 ) -> tuple[Estimate, HeldOut | None]:
     """The ELBO, and how rows kept aside fare; Ctrl-C leaves what the climb knows of them."""
     elbo = climb.stage_elbos[-1] if climb.stage_elbos else Estimate(math.nan, math.nan)

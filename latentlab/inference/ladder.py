@@ -35,6 +35,7 @@ from latentlab.inference.evaluation import particle_chunk
 from latentlab.inference.evidence import tail_khat
 from latentlab.inference.journal import Part
 from latentlab.inference.modes import standing
+from latentlab.inference.natural import NaturalClimb
 from latentlab.inference.networks import NetworkClimb, has_networks
 from latentlab.inference.pair import Pair
 from latentlab.inference.ranks import ALONE
@@ -45,6 +46,8 @@ from latentlab.inference.starts import Starts
 from latentlab.protocols import OffersGuide, owner_of
 
 __all__ = ["Ladder", "Rung", "ladder_for"]
+
+AnyClimb = Climb | NetworkClimb | NaturalClimb
 
 _ASKS = 0.5  # k-hat above which a richer guide is tried
 _BEYOND = 3.0  # standard errors of a gain that is more than its error
@@ -94,7 +97,7 @@ class _Stand:
     """Where the fit stands: on which guide, how it got there, how good it is."""
 
     guide: Guide
-    climb: Climb | NetworkClimb
+    climb: AnyClimb
     state: State
     elbo: Estimate
     khat: Estimate
@@ -121,9 +124,9 @@ class Ladder:
         self,
         pair: Pair,
         seed: int,
-        first: Callable[[Callable[[], bool]], tuple[Climb | NetworkClimb, Restarts]],
+        first: Callable[[Callable[[], bool]], tuple[AnyClimb, Restarts]],
         further: Callable[[int], Climb],
-    ) -> tuple[Climb | NetworkClimb, Restarts, tuple[Rung, ...]]:
+    ) -> tuple[AnyClimb, Restarts, tuple[Rung, ...]]:
         """Climb from rung to rung as far as it is asked for; the pair ends on the best of them.
 
         Arguments:
@@ -243,9 +246,7 @@ def _numbers(pair: Pair) -> int:
     return sum(math.prod(latent.free_shape) for latent in pair.latents)
 
 
-def _stand(
-    pair: Pair, climb: Climb | NetworkClimb, seed: int, level: int, settled: bool
-) -> _Stand:
+def _stand(pair: Pair, climb: AnyClimb, seed: int, level: int, settled: bool) -> _Stand:
     elbo, khat, to_gain = _measure(pair, seed, level)
     guide: Any = pair.guide
     return _Stand(guide, climb, climb.state(), elbo, khat, to_gain, settled)
@@ -297,7 +298,7 @@ def _go_back(pair: Pair, here: _Stand, is_interrupted: bool) -> None:
         _stop(here.climb)
 
 
-def _stop(climb: Climb | NetworkClimb) -> None:
+def _stop(climb: AnyClimb) -> None:
     """Mark a climb as ended by Ctrl-C."""
     climb.stop_reason, climb.converged = INTERRUPTED, False
 

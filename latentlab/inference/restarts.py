@@ -7,6 +7,9 @@ best optimum b again if its ELBO is within a nat, and
 
 over all figures f, components that may swap their labels aligned first. One that is as high and
 further away is another mode of the posterior, or a symmetry of the model: a guide covers one.
+
+Where starts are many and cheap they compete (successive halving): after each round the better half
+goes on, and only the last of them say anything about agreement.
 """
 
 from __future__ import annotations
@@ -33,10 +36,14 @@ class Restarts:
     Arguments:
         elbos: the ELBO that each start reached after its warm-up, in nats.
         apart: how far each start is from the best one, in standard deviations; empty if not known.
+        given_up: further starts, that were behind after a few steps and left there.
+        num_rows: of how many rows the figures are, scaled to all of them; ``None`` for all.
     """
 
     elbos: tuple[Estimate, ...]
     apart: tuple[float, ...] = ()
+    given_up: int = 0
+    num_rows: int | None = None
 
     @property
     def num_agreeing(self) -> int:
@@ -62,6 +69,10 @@ class Restarts:
         if len(self.elbos) < 2:
             return "one start: agreement of starts is not known"
         parts = [f"best optimum in {self.num_agreeing} of {len(self.elbos)} starts"]
+        if self.given_up:
+            parts[0] += f" that were left of {len(self.elbos) + self.given_up}"
+        if self.num_rows is not None:
+            parts[0] += f" (at {self.num_rows} rows)"
         if self.num_elsewhere:
             far = max(self.apart)
             parts.append(f"another as good, {far:.0f} sd away, in {self.num_elsewhere}")

@@ -74,16 +74,19 @@ class FitDivergedError(RuntimeError):
         step: the step at which it happened, or the first of some that were taken in one call.
         site: the site whose log-density was not finite, or the parameter whose gradient ran off.
         value: the first bad log-density, or that gradient.
+        tried: what did not help.
     """
 
-    def __init__(self, step: int, site: str, value: float) -> None:
+    def __init__(
+        self, step: int, site: str, value: float, tried: str = "three smaller steps did not help"
+    ) -> None:
         self.step, self.site, self.value = step, site, value
         what = f"the log-density of site {site!r} is {value}"
         if math.isfinite(value):
             what = f"the gradient of parameter {site!r} is {value:.3g}, far above all before it"
         super().__init__(
-            f"the fit diverged at step {step}: {what}; three smaller steps did not help. Look at "
-            "the scale of that site's prior, or standardise the data"
+            f"the fit diverged at step {step}: {what}; {tried}. Look at the scale of that site's "
+            "prior, or standardise the data"
         )
 
 

@@ -240,7 +240,7 @@ def _starts(evidence: Evidence) -> Iterator[Finding]:
         yield Finding(
             "use with care",
             f"{restarts}: there may be a better one",
-            f"fit with num_restarts={4 * len(restarts.elbos)}",
+            f"fit with num_restarts={4 * (len(restarts.elbos) + restarts.given_up)}",
         )
 
 

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from latentlab.models.ae import Autoencoder
     from latentlab.models.density import FlowDensity
     from latentlab.models.gmm import GaussianMixture
+    from latentlab.models.gmm_priors import Conjugate
     from latentlab.models.hmm import HiddenMarkovModel
     from latentlab.models.ppca import FactorAnalysis, ProbabilisticPCA
     from latentlab.models.vae import VariationalAutoencoder
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 # Model -> the module it lives in; imported when first asked for, one family without the others.
 _HOMES = {
     "Autoencoder": "ae",
+    "Conjugate": "gmm_priors",
     "FactorAnalysis": "ppca",
     "FlowDensity": "density",
     "GaussianMixture": "gmm",
@@ -24,6 +26,7 @@ _HOMES = {
 
 __all__ = [
     "Autoencoder",
+    "Conjugate",
     "FactorAnalysis",
     "FlowDensity",
     "GaussianMixture",

@@ -32,12 +32,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, Literal, cast
 
 import pyro
-import pyro.distributions as dist
-import pyro.poutine as poutine
 import torch
 from torch import Generator, Tensor
 
@@ -45,13 +42,15 @@ from latentlab.data.checks import as_count, as_rows, warn_constant
 from latentlab.data.table import Table
 from latentlab.distributions import NormalMixture
 from latentlab.distributions.completion import Completed, completed
-from latentlab.distributions.correlations import PartialCorrelations, correlation_tril
-from latentlab.distributions.normal_row import normal_cells
-from latentlab.guides import FullRank, Guide, MeanField, Point
+from latentlab.distributions.correlations import correlation_tril
+from latentlab.guides import FullRank, Guide, MeanField, NormalWishart, Point
+from latentlab.models.gmm_em import Covariance
+from latentlab.models.gmm_priors import Conjugate, Prior, as_prior, draw_latents
 from latentlab.models.gmm_remarks import remarks_on_components
 from latentlab.models.gmm_rows import counted
-from latentlab.models.gmm_starts import Covariance, find_start
+from latentlab.models.gmm_starts import find_start
 from latentlab.models.gmm_units import as_counts, check_one_a_row, mean_and_sd, warn_far
+from latentlab.models.gmm_updates import ConjugateUpdates, PointUpdates, updates_of
 from latentlab.models.over_rows import OverRows
 from latentlab.plates import rows
 
@@ -63,7 +62,6 @@ _START_ROWS = 20_000  # rows that starting values look at
 _CHUNK = 2**24  # elements of (S, N, K) held at a time
 _CHOICES = {
     "covariance": ("full", "tied", "diag", "spherical"),
-    "prior": ("weak", "flat"),
     "init": ("k-means++", "random"),
 }
 
@@ -89,8 +87,9 @@ class GaussianMixture(OverRows):
         num_components: number of components K.
         covariance: the shape of the covariances; ``"diag"`` takes columns as independent within a
             component, and needs the fewest rows but for ``"spherical"``.
-        prior: ``"weak"``, or ``"flat"`` for none at all; the mode, ``guide="point"``, is then the
-            maximum of the likelihood.
+        prior: ``"weak"``; ``"flat"`` for none at all: the mode, ``guide="point"``, is then the
+            maximum of the likelihood, by expectation-maximisation; ``"conjugate"``, or a
+            :class:`Conjugate`: Dirichlet times normal-Wishart, fitted by variational Bayes.
         concentration: :math:`\alpha` of the Dirichlet prior; below 1 favours few components.
         init: how starting means are chosen, ``"k-means++"`` (far apart) or ``"random"`` rows.
 
@@ -117,7 +116,7 @@ class GaussianMixture(OverRows):
         num_components: int,
         *,
         covariance: Covariance = "diag",
-        prior: Literal["weak", "flat"] = "weak",
+        prior: Literal["conjugate"] | Prior = "weak",
         concentration: float = 1.0,
         init: Literal["k-means++", "random"] = "k-means++",
     ) -> None:
@@ -127,12 +126,13 @@ class GaussianMixture(OverRows):
         self.num_components = as_count(num_components, "num_components")
         if not isinstance(concentration, int | float) or not 0 < concentration < math.inf:
             raise ValueError(f"concentration: expected a number > 0, got {concentration!r}")
-        for name, value in (("covariance", covariance), ("prior", prior), ("init", init)):
+        for name, value in (("covariance", covariance), ("init", init)):
             if value not in _CHOICES[name]:
                 known = " or ".join(f'"{choice}"' for choice in _CHOICES[name])
                 raise ValueError(f"{name}: expected {known}, got {value!r}")
         self.concentration = float(concentration)
-        self.covariance, self.prior, self.init = covariance, prior, init
+        self.covariance, self.init = covariance, init
+        self.prior = as_prior(prior, self.num_features, self.is_tilted)
         self.assume_missing = True  # until rows without a missing cell were seen
         self.register_buffer("center", torch.zeros(self.num_features))
         self.register_buffer("spread", torch.ones(self.num_features))
@@ -155,7 +155,22 @@ class GaussianMixture(OverRows):
             "scales": (*own, *columns),
             "x": ("row", "feature"),
         }
-        return named | {"correlations": (*own, "pair")} if self._is_tilted else named
+        return named | {"correlations": (*own, "pair")} if self.is_tilted else named
+
+    @property
+    def is_tilted(self) -> bool:
+        """Whether the columns of a component are correlated."""
+        return self.covariance in ("full", "tied") and self.num_features > 1
+
+    @property
+    def unit(self) -> Tensor:
+        """What scales are measured in: each column's spread (D,), or their mean ()."""
+        return self.spread.mean() if self.covariance == "spherical" else self.spread
+
+    @property
+    def floor(self) -> float:
+        """The floor f under the scales; none with a prior that keeps them from zero itself."""
+        return 0.0 if isinstance(self.prior, Conjugate) else _FLOOR
 
     def forward(
         self, x: Tensor | None = None, weights: Tensor | None = None, size: int | None = None
@@ -171,7 +186,7 @@ class GaussianMixture(OverRows):
             self._expect_shape(x)
         if x is not None and weights is not None:
             check_one_a_row(weights, len(x))
-        latents = self._draw_latents()
+        latents = draw_latents(self)
         with rows(x, size), counted(weights):
             return pyro.sample("x", self.likelihood(**latents), obs=x)
 
@@ -198,30 +213,35 @@ class GaussianMixture(OverRows):
             place = -3 if several else 0
             scales = scales.unsqueeze(place)
             correlations = None if correlations is None else correlations.unsqueeze(place)
-        ratio = scales / self._unit
-        floored = (ratio**2 + _FLOOR**2).sqrt()
+        ratio = scales / self.unit
+        floored = (ratio**2 + self.floor**2).sqrt()
         if correlations is None:
-            return NormalMixture(weights, locs, self._unit * floored)
+            return NormalMixture(weights, locs, self.unit * floored)
         # The floor widens scales, and shrinks correlations by what it adds.
         share = (ratio / floored).double()
         tril = share.unsqueeze(-1) * correlation_tril(correlations.double(), self.num_features)
         rest = (1 - share) * (1 + share) + _ROUNDING
         tril = torch.linalg.cholesky_ex(tril @ tril.mT + rest.diag_embed())[0]
-        tril = (self._unit * floored).unsqueeze(-1) * tril
+        tril = (self.unit * floored).unsqueeze(-1) * tril
         missing = self.assume_missing
         return NormalMixture(weights, locs, scale_trils=tril, assume_missing=missing)
 
     def default_guide(self) -> Guide:
         """A full-rank Gaussian, or a mean-field one where that would take over 80,000 numbers.
 
-        With a flat prior a point: what has no prior may have no posterior either.
+        With a flat prior a point: what has no prior may have no posterior either; with a
+        conjugate one, Dirichlet times normal-Wishart.
         """
-        if self.prior == "flat":
-            return Point()
+        if self.prior != "weak":
+            return Point() if self.prior == "flat" else NormalWishart()
         K, D = self.num_components, self.num_features
         of_one = {"spherical": 1, "diag": D, "tied": 0, "full": D * (D + 1) // 2}[self.covariance]
         shared = D * (D + 1) // 2 if self.covariance == "tied" else 0
         return FullRank() if K * (1 + D + of_one) - 1 + shared <= 400 else MeanField()
+
+    def updates(self, guide: object) -> PointUpdates | ConjugateUpdates | None:
+        """Updates in closed form: of a point with a flat prior, and of a conjugate guide."""
+        return updates_of(self, guide)
 
     def scale_to(
         self, x: Tensor | Table, weights: Tensor | None = None, size: int | None = None
@@ -299,15 +319,15 @@ class GaussianMixture(OverRows):
         if len(x) > _START_ROWS:
             some = torch.randperm(len(x), generator=generator, device=x.device)
         some = some[counts[some] > 0][:_START_ROWS]
-        y, K = (x[some] - self.center) / self._unit, self.num_components
+        y, K = (x[some] - self.center) / self.unit, self.num_components
         start = find_start(y, counts[some], K, self.covariance, self.init, generator)
-        scales, correlations = start.without_floor(_FLOOR)
+        scales, correlations = start.without_floor(self.floor)
         values = {
-            "weights": start.weights,
-            "locs": self.center + self._unit * start.locs.to(x),
-            "scales": self._unit * scales.to(x),
+            "weights": start.log_weights.exp(),
+            "locs": self.center + self.unit * start.locs.to(x),
+            "scales": self.unit * scales.to(x),
         }
-        if self._is_tilted and correlations is not None:
+        if self.is_tilted and correlations is not None:
             values["correlations"] = correlations
         if self.covariance == "spherical":
             values["scales"] = values["scales"][:, 0]
@@ -383,7 +403,7 @@ class GaussianMixture(OverRows):
         trils = mixture.scale_trils
         if trils is None:
             trils = cast(Tensor, mixture.scales).expand_as(mixture.locs).diag_embed()
-        unit = self._unit.double().expand(self.num_features)
+        unit = self.unit.double().expand(self.num_features)
         trils = (trils[0, 0] / unit.unsqueeze(-1)).expand(self.num_components, -1, -1)
         return remarks_on_components(weights, locs / unit, trils, float(self.num_rows))
 
@@ -403,7 +423,7 @@ class GaussianMixture(OverRows):
         if self.covariance == "tied":
             scales = scales.unsqueeze(1)
         correlations = None
-        if self._is_tilted:
+        if self.is_tilted:
             tril = correlation_tril(draws["correlations"].mean(0), self.num_features)
             shape = (self.num_components, self.num_features, self.num_features)
             correlations = (tril @ tril.mT).expand(shape).numpy(force=True)
@@ -425,7 +445,7 @@ class GaussianMixture(OverRows):
                 "num_features": self.num_features,
                 "num_components": self.num_components,
                 "covariance": self.covariance,
-                "prior": self.prior,
+                "prior": self.prior if isinstance(self.prior, str) else self.prior.spec(),
                 "concentration": self.concentration,
                 "init": self.init,
             },
@@ -434,37 +454,8 @@ class GaussianMixture(OverRows):
     # ------------------------------------------------------------------------------------------
 
     @property
-    def _is_tilted(self) -> bool:
-        return self.covariance in ("full", "tied") and self.num_features > 1
-
-    @property
     def _sites(self) -> tuple[str, ...]:
         return tuple(site for site in self.dims if site != "x")
-
-    @property
-    def _unit(self) -> Tensor:
-        """What scales are measured in: each column's spread (D,), or their mean ()."""
-        return self.spread.mean() if self.covariance == "spherical" else self.spread
-
-    def _draw_latents(self) -> dict[str, Tensor]:
-        """The latents from their prior."""
-        K, D, center, spread = self.num_components, self.num_features, self.center, self.spread
-        scale = dist.LogNormal((self._unit / 2).log(), 1.0)
-        scale = scale if self.covariance == "spherical" else scale.to_event(1)
-        own = self.covariance != "tied"
-        free = poutine.mask(mask=False) if self.prior == "flat" else nullcontext()
-        with free:
-            alpha = spread.new_full((K,), self.concentration)
-            latents = {"weights": pyro.sample("weights", dist.Dirichlet(alpha))}
-            components = pyro.plate("components", K)
-            with components:
-                latents["locs"] = pyro.sample("locs", normal_cells(center, 3 * spread).to_event(1))
-            with components if own else nullcontext():
-                latents["scales"] = pyro.sample("scales", scale)
-                if self._is_tilted:
-                    prior = PartialCorrelations(D, spread.new_full((), 1 + D / 2))
-                    latents["correlations"] = pyro.sample("correlations", prior)
-        return latents
 
     def _counted_table(
         self, x: Tensor | Table, weights: Tensor | None, min_rows: int = 2

@@ -33,7 +33,13 @@ from latentlab.data.sequences import Sequences, as_lengths, as_sequences
 from latentlab.data.table import default_names
 from latentlab.distributions import hmm
 from latentlab.distributions.completion import Completed
-from latentlab.distributions.emissions import ChecksRows, Emission, MeasuresRows, emission_of
+from latentlab.distributions.emissions import (
+    ChecksRows,
+    Emission,
+    LinksSites,
+    MeasuresRows,
+    emission_of,
+)
 from latentlab.distributions.markov import HiddenMarkov
 from latentlab.guides import FullRank, Guide, MeanField, Point
 from latentlab.models.gmm_units import mean_and_sd, warn_far
@@ -42,6 +48,7 @@ from latentlab.models.hmm_missing import completed
 from latentlab.models.hmm_remarks import remarks_on_states
 from latentlab.models.hmm_residuals import residuals_of
 from latentlab.models.hmm_starts import find_start
+from latentlab.models.hmm_updates import conjugate_guide, expect_conjugate, updates_of
 from latentlab.plates import sequences
 
 __all__ = ["HiddenMarkovModel"]
@@ -49,9 +56,8 @@ __all__ = ["HiddenMarkovModel"]
 _Data = Any  # sequences, or their lengths, of any form that is read
 _Draws = Mapping[str, Tensor]
 
-_START_STEPS = 20_000  # that starting values look at
 _CHUNK = 2**23  # elements of (S, B, T, K) held at a time
-_CHOICES = {"prior": ("weak", "flat"), "initial": ("free", "stationary")}
+_CHOICES = {"prior": ("weak", "flat", "conjugate"), "initial": ("free", "stationary")}
 
 
 class HiddenMarkovModel(nn.Module):
@@ -86,7 +92,8 @@ class HiddenMarkovModel(nn.Module):
             ``initial``.
         concentration: :math:`\alpha` of the Dirichlet priors.
         prior: ``"weak"``, or ``"flat"`` for none at all; the mode, ``guide="point"``, is then the
-            maximum of the likelihood.
+            maximum of the likelihood. ``"conjugate"`` priors, other ones for Gaussian columns
+            only, bring a guide of their families, which is fitted without a gradient.
 
     Raises:
         ValueError: if a count is not an int of at least 1, or another argument is out of range.
@@ -113,7 +120,7 @@ class HiddenMarkovModel(nn.Module):
         stickiness: float = 0.0,
         left_right: bool = False,
         concentration: float = 1.0,
-        prior: Literal["weak", "flat"] = "weak",
+        prior: Literal["weak", "flat", "conjugate"] = "weak",
     ) -> None:
         super().__init__()
         self.num_states = as_count(num_states, "num_states")
@@ -124,9 +131,8 @@ class HiddenMarkovModel(nn.Module):
                 raise ValueError(
                     f"num_categories: is for categorical columns, got emissions={emissions!r}"
                 )
-        self.emission = emission_of(
-            emissions, as_count(num_features, "num_features"), num_categories
-        )
+        num_features, conjugate = as_count(num_features, "num_features"), prior == "conjugate"
+        self.emission = emission_of(emissions, num_features, num_categories, conjugate)
         self.num_features = self.emission.num_features
         for name, value in (("initial", initial), ("prior", prior)):
             if value not in _CHOICES[name]:
@@ -141,13 +147,15 @@ class HiddenMarkovModel(nn.Module):
             raise ValueError('initial: expected "free" with left_right, got "stationary"')
         self.initial, self.prior, self.left_right = initial, prior, bool(left_right)
         self.stickiness, self.concentration = float(stickiness), float(concentration)
-        self._chain = Chain(
+        self.free_chain = Chain(
             self.num_states,
             is_stationary=initial == "stationary",
             left_right=self.left_right,
             concentration=self.concentration,
             stickiness=self.stickiness,
         )
+        if prior == "conjugate":
+            expect_conjugate(self)
         self.register_buffer("num_steps", torch.tensor(100))
         self.register_buffer("like", torch.zeros((), dtype=torch.float64), persistent=False)
         self._spec_emissions = emissions
@@ -162,7 +170,7 @@ class HiddenMarkovModel(nn.Module):
             site: -1 - len(prior.event_shape) for site, prior in self.emission.sites().items()
         }
         axes["transitions"] = (-2, -1)
-        return axes | ({"initial": -1} if self._chain.has_initial else {})
+        return axes | ({"initial": -1} if self.free_chain.has_initial else {})
 
     @property
     def dims(self) -> Mapping[str, Sequence[str]]:
@@ -241,7 +249,7 @@ class HiddenMarkovModel(nn.Module):
         Returns:
             The distribution, batch shape (), (1,) or (S, 1), or with B for the 1.
         """
-        initial, transitions = self._chain.full(latents, self.like)
+        initial, transitions = self.free_chain.full(latents, self.like)
         values = {}
         for site, prior in self.emission.sites().items():
             # K left its plate and became an axis of the emission: room for sequences and steps.
@@ -253,9 +261,15 @@ class HiddenMarkovModel(nn.Module):
         )
 
     def default_guide(self) -> Guide:
-        """A full-rank Gaussian, or a mean-field one for more than 400 numbers; flat: a point."""
+        """A full-rank Gaussian, or a mean-field one for more than 400 numbers.
+
+        With a flat prior a point; with conjugate ones their families, see
+        :class:`latentlab.guides.Families`.
+        """
         if self.prior == "flat":
             return Point()
+        if self.prior == "conjugate":
+            return conjugate_guide(self)
         K = self.num_states
         numbers = sum(math.prod(prior.event_shape) for prior in self.emission.sites().values())
         return FullRank() if K * (K + numbers) <= 400 else MeanField()
@@ -308,12 +322,11 @@ class HiddenMarkovModel(nn.Module):
         """
         data = self._sequences(x, lengths)
         generator = Generator(x.device).manual_seed(seed)
-        order = torch.randperm(len(data), generator=generator, device=x.device)
-        many = int((data.lengths[order].cumsum(0) < _START_STEPS).sum()) + 1
-        x, lengths = data.x[order[:many], :_START_STEPS], data.lengths[order[:many]]
-        lengths = lengths.clamp_max(_START_STEPS)
-        with torch.no_grad():
-            return find_start(self.emission, self._chain, x, lengths, generator)
+        return find_start(self.emission, self.free_chain, data.x, data.lengths, generator)
+
+    def updates(self, guide: Any) -> Any:  # noqa: ANN401
+        """Steps in closed form, see :mod:`latentlab.models.hmm_updates`; ``None`` without them."""
+        return updates_of(self, guide)
 
     # ---- what a fit says -----------------------------------------------------------------------
 
@@ -437,9 +450,11 @@ class HiddenMarkovModel(nn.Module):
         free = poutine.mask(mask=False) if self.prior == "flat" else nullcontext()
         states = pyro.plate("states", self.num_states)
         with free:
-            latents = self._chain.draw(self.like, states)
+            latents = self.free_chain.draw(self.like, states)
             with states:
                 for site, prior in self.emission.sites().items():
+                    if isinstance(self.emission, LinksSites):
+                        prior = self.emission.given(site, latents)
                     latents[site] = pyro.sample(site, prior)
         return latents
 

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from latentlab.distributions.factors import Dirichlet, Factor, Sites
+
 __all__ = ["Chain", "stationary"]
 
 
@@ -110,6 +112,42 @@ class Chain:
             stay = moves.diagonal()[:-1]
             return {"transitions": torch.stack([stay, 1 - stay], -1)} if len(stay) else {}
         return {"transitions": moves} | ({"initial": initial} if self.has_initial else {})
+
+    def maximise(self, starts: Tensor, moves: Tensor) -> dict[str, Tensor]:
+        """The likeliest values of the sites, where the chain is not stationary.
+
+        Arguments:
+            starts: how many sequences start in each state, shape (K,).
+            moves: how often one goes from row to column, shape (K, K).
+
+        Returns:
+            Site -> value, NaN for a state that is never left.
+        """
+        return self.free(starts / starts.sum(), moves / moves.sum(-1, keepdim=True))
+
+    def priors(self, like: Tensor) -> dict[Sites, Factor]:
+        """The priors of the sites, Dirichlet families.
+
+        Arguments:
+            like: a tensor of the dtype and device.
+        """
+        K = self.num_states
+        alpha = like.new_full((K,), self.concentration)
+        found: dict[Sites, Factor] = {("initial",): Dirichlet(alpha)} if self.has_initial else {}
+        if self.left_right:
+            alpha = like.new_tensor([self.concentration + self.stickiness, self.concentration])
+            return {("transitions",): Dirichlet(alpha.expand(K - 1, 2))} if K > 1 else {}
+        eye = torch.eye(K, dtype=like.dtype, device=like.device)
+        return found | {("transitions",): Dirichlet(alpha + self.stickiness * eye)}
+
+    def posteriors(self, starts: Tensor, moves: Tensor) -> dict[Sites, Factor]:
+        """Those of the sites once the moves were seen; arguments as for :meth:`maximise`."""
+        seen = {"initial": starts, "transitions": moves}
+        if self.left_right:
+            stays = moves.diagonal()[:-1]
+            seen["transitions"] = torch.stack([stays, moves.diagonal(1)], -1)
+        priors = self.priors(starts).items()
+        return {s: Dirichlet(prior.concentration + seen[s[0]]) for s, prior in priors}  # type: ignore[attr-defined]
 
     def _at_the_left(self, like: Tensor) -> Tensor:
         place = torch.zeros((), dtype=torch.long, device=like.device)

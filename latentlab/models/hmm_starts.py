@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Generator, Tensor
 
-from latentlab.distributions import hmm
 from latentlab.distributions.emissions import Emission, EstimatesStates
+from latentlab.distributions.hmm_counts import expected_counts
 from latentlab.distributions.markov import log_likelihoods
 from latentlab.models.hmm_chain import Chain
 from latentlab.supports import bijection
@@ -31,6 +31,8 @@ __all__ = ["find_start"]
 
 _SEEDS, _SEED_STEPS = 16, 500_000  # seeds, fewer where they have many steps times states
 _BRIEF, _STEPS = 40, 60  # steps of all seeds, and of the best one
+_FEW_SEEDS, _FEW_STEPS = 4, 10  # of a start that is to compete with others
+_LOOKED_AT = 20_000  # steps of sequences
 _GAIN = 1e-5  # nats a step below which more steps are in vain
 _LEAST = 1e-4  # probability that a start gives to a move that may be made
 _CLIMB = 60  # steps of an emission that does not know its best values
@@ -79,22 +81,35 @@ class _Data:
     inside: Tensor
 
 
+@torch.no_grad()
 def find_start(
-    emission: Emission, chain: Chain, x: Tensor, lengths: Tensor, generator: Generator
+    emission: Emission,
+    chain: Chain,
+    x: Tensor,
+    lengths: Tensor,
+    generator: Generator,
+    *,
+    is_quick: bool = False,
 ) -> dict[str, Tensor]:
     """The best of several runs of expectation-maximisation, as values of the sites.
 
     Arguments:
         emission: what states emit, its units measured.
         chain: which chains there may be.
-        x: sequences, shape (B, T, D), NaN where a cell is missing or padding.
+        x: sequences, shape (B, T, D), NaN where a cell is missing or padding; about 20,000 steps
+            of them are looked at.
         lengths: shape (B,).
         generator: of the seeds.
+        is_quick: whether a few steps will do, as for a start that competes with others.
     """
     K = chain.num_states
+    order = torch.randperm(len(x), generator=generator, device=x.device)
+    some = int((lengths[order].cumsum(0) < _LOOKED_AT).sum()) + 1
+    x, lengths = x[order[:some], :_LOOKED_AT], lengths[order[:some]].clamp_max(_LOOKED_AT)
     inside = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
     data = _Data(emission, chain, x, lengths, inside)
     many = min(max(_SEED_STEPS // (x[..., 0].numel() * K), 4), _SEEDS) if K > 1 else 1
+    many = min(many, _FEW_SEEDS) if is_quick else many
     spread = torch.stack([_seed(data, number, generator) for number in range(many)])
     allowed = chain.allowed(x.device)
     move = allowed.to(x) * (0.2 / K + 0.8 * torch.eye(K, dtype=x.dtype, device=x.device))
@@ -102,8 +117,8 @@ def find_start(
     law = chain.first(spread[:, :, 0].mean(1), move)
     worst = x.new_full((many,), -torch.inf)
     start = _Start(law, move, _estimate(data, spread, None), worst)
-    start = _improve(data, start, _BRIEF).best()
-    start = _improve(data, start, _STEPS)
+    start = _improve(data, start, _FEW_STEPS if is_quick else _BRIEF).best()
+    start = start if is_quick else _improve(data, start, _STEPS)
     move = torch.where(allowed, start.transitions[0].clamp_min(_LEAST), 0.0)
     law = start.initial[0].clamp_min(_LEAST)
     values = {site: value[0] for site, value in start.values.items()}
@@ -117,19 +132,18 @@ def _improve(data: _Data, start: _Start, num_steps: int) -> _Start:
         values = {site: value[:, None, None] for site, value in start.values.items()}
         seen = log_likelihoods(data.emission.distribution(**values), data.x)
         chain = (start.initial[:, None], start.transitions[:, None], seen, data.lengths)
-        log_prob = hmm.log_prob(*chain).sum(-1)
+        counts = expected_counts(*chain)
+        log_prob = counts.log_prob.sum(-1)
         gains = (log_prob > start.log_prob + least).any()
         start = replace(start, log_prob=log_prob)
         if not gains:
             break
-        states = hmm.smooth(*chain)  # (J, B, T, K)
-        moves = start.transitions
-        if data.x.shape[1] > 1:
-            counts = hmm.pairwise(*chain).sum((1, 2))
-            total = counts.sum(-1, keepdim=True)
-            moves = torch.where(total > 0, counts / total.clamp_min(1e-300), moves)
-        law = data.chain.first(states[:, :, 0].mean(1), moves)
-        start = _Start(law, moves, _estimate(data, states, start.values), log_prob)
+        moves = counts.moves[:, 0]  # (J, K, K)
+        total = moves.sum(-1, keepdim=True)
+        moves = torch.where(total > 0, moves / total.clamp_min(1e-300), start.transitions)
+        law = data.chain.first(counts.starts[:, 0] / len(data.x), moves)
+        values = _estimate(data, counts.states, start.values)
+        start = _Start(law, moves, values, log_prob)
     return start
 
 

@@ -4,13 +4,19 @@ The same float64 numbers on both sides, chains in one array (B, T, K). latentlab
 ``hmm.log_prob`` and its backward pass, which gives state probabilities and expected transitions;
 hmmlearn its scaled recursions as in its own E-step, chain by chain: forward, backward, posteriors,
 expected transitions. Its default recursions in logarithms are the last column.
+
+Below these are whole steps of Baum and Welch, E and M, as ``fit(..., method="natural")`` takes
+them and as ``GaussianHMM.fit`` does, from the same start.
 """
 
 import numpy as np
 import torch
 from hmmlearn import _hmmc
+from hmmlearn.hmm import GaussianHMM
 
+import latentlab as ll
 from latentlab.distributions import hmm
+from latentlab.inference.check import prepare
 
 from . import Table, Timing, machine, take_turns
 
@@ -22,6 +28,8 @@ CASES = [
     (1000, 5, 96, 1.5),
     (100, 5, 16, 1.3),
 ]
+
+STEPS = [(100, 5, 16), (100_000, 8, 1)]  # T, K, B of two columns, Gaussian without correlations
 
 
 def ours(initial, transitions, seen):
@@ -69,6 +77,67 @@ def logarithms(initial, transitions, seen):
     return work
 
 
+def chains(T, K, B):
+    """Rows of K states that stay for ten steps, and a start."""
+    r = np.random.default_rng(0)
+    z = np.zeros(B * T, dtype=int)
+    for t, moves in enumerate(r.random(B * T) < 0.1):
+        z[t] = r.integers(K) if moves else z[t - 1]
+    x = r.normal(size=(B * T, 2)) + 3 * r.normal(size=(K, 2))[z]
+    start = {
+        "initial": np.full(K, 1 / K),
+        "transitions": np.full((K, K), 0.1 / K) + 0.9 * np.eye(K),
+        "locs": x[r.choice(B * T, K, replace=False)],
+        "scales": np.full((K, 2), 2.0),
+    }
+    return x, start
+
+
+def our_steps(x, start, T, K, B):
+    model = ll.HiddenMarkovModel(K, 2, prior="flat")
+    pair, _ = prepare(model, torch.tensor(x).reshape(B, T, 2), "point")
+
+    def work(number):
+        with pair.entered(seed=0):
+            guide, updates = pair.guide, pair.model.updates(pair.guide)
+            values = {site: torch.tensor(value)[None] for site, value in start.items()}
+            guide.start(guide.pack(values)[0], guide.free_sd())
+            for _ in range(number):
+                updates.maximise(updates.statistics(*pair.data.args)[0])
+
+    return work
+
+
+def their_steps(x, start, T, K, B, implementation):
+    flat = {"covars_prior": 0, "covars_weight": 1, "min_covar": 0, "init_params": ""}
+
+    def work(number):
+        peer = GaussianHMM(
+            K, "diag", n_iter=number, tol=-np.inf, implementation=implementation, **flat
+        )
+        peer.n_features = 2
+        peer.startprob_, peer.transmat_ = start["initial"], start["transitions"]
+        peer.means_, peer.covars_ = start["locs"], start["scales"] ** 2
+        peer.fit(x, [T] * B)
+
+    return work
+
+
+def rows_of_steps():
+    """Milliseconds of a step of Baum and Welch."""
+    rows = []
+    for T, K, B in STEPS:
+        problem = (*chains(T, K, B), T, K, B)
+        works = {"latentlab": our_steps(*problem)}
+        works |= {name: their_steps(*problem, name) for name in ("scaling", "log")}
+        found = take_turns(works, turns=5)
+        times = [f"{1e3 * found[name].median:.2f}" for name in works]
+        ratios = [found[name].times(found["latentlab"]) for name in ("scaling", "log")]
+        label = f"{T}, {K}, {B}: a step of Baum and Welch"
+        rows.append([label, *times, spread(ratios[0]), "", spread(ratios[1])])
+    return rows
+
+
 def run():
     """Milliseconds for value and gradient, and how many times as fast latentlab is."""
     num_threads = torch.get_num_threads()
@@ -86,6 +155,7 @@ def run():
             rows.append(
                 [f"{T}, {K}, {B}", *times, spread(ratios[0]), f">= {asked}", spread(ratios[1])]
             )
+        rows += rows_of_steps()
     finally:
         torch.set_num_threads(num_threads)
     return Table(
