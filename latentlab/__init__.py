@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from latentlab.inference.check import PairReport, check_pair
     from latentlab.inference.engine import FitDivergedError, fit
     from latentlab.inference.posterior import Posterior
+    from latentlab.inference.response import linear_response
     from latentlab.inference.select import select
     from latentlab.inference.verdict import Verdict
     from latentlab.loading import load
@@ -48,6 +49,7 @@ _HOMES = {
     "check_pair": "latentlab.inference.check",
     "fit": "latentlab.inference.engine",
     "fit_codes": "latentlab.codes",
+    "linear_response": "latentlab.inference.response",
     "load": "latentlab.loading",
     "rows": "latentlab.plates",
     "select": "latentlab.inference.select",
@@ -78,6 +80,7 @@ __all__ = [
     "fit_codes",
     "flows",
     "guides",
+    "linear_response",
     "load",
     "models",
     "nn",

@@ -35,6 +35,7 @@ from latentlab.inference.evidence import tail_khat
 from latentlab.inference.networks import NetworkClimb, has_networks
 from latentlab.inference.pair import Pair
 from latentlab.inference.restarts import Restarts
+from latentlab.inference.saa import SaaClimb
 from latentlab.inference.sandbox import manual_seed, stream
 from latentlab.inference.stages import (
     INTERRUPTED,
@@ -96,7 +97,7 @@ class _Stand:
     """Where the fit stands: on which guide, how it got there, how good it is."""
 
     guide: Guide
-    climb: Climb | NetworkClimb
+    climb: Climb | SaaClimb | NetworkClimb
     state: State
     elbo: Estimate
     khat: Estimate
@@ -123,9 +124,9 @@ class Ladder:
         self,
         pair: Pair,
         seed: int,
-        first: Callable[[Callable[[], bool]], tuple[Climb | NetworkClimb, Restarts]],
-        further: Callable[[int], Climb],
-    ) -> tuple[Climb | NetworkClimb, Restarts, tuple[Rung, ...]]:
+        first: Callable[[Callable[[], bool]], tuple[Climb | SaaClimb | NetworkClimb, Restarts]],
+        further: Callable[[int], Climb | SaaClimb],
+    ) -> tuple[Climb | SaaClimb | NetworkClimb, Restarts, tuple[Rung, ...]]:
         """Climb from rung to rung as far as it is asked for; the pair ends on the best of them.
 
         Arguments:
@@ -163,7 +164,7 @@ class Ladder:
         return here.climb, restarts, tuple(stand.rung(why) for stand, why in rungs)
 
     def _up(
-        self, pair: Pair, here: _Stand, seed: int, further: Callable[[int], Climb]
+        self, pair: Pair, here: _Stand, seed: int, further: Callable[[int], Climb | SaaClimb]
     ) -> tuple[_Stand, list[tuple[_Stand, str]]]:
         """Try one rung after the other: the best of them, and all with what was decided there."""
         tried: list[tuple[_Stand, str]] = [(here, "")]
@@ -246,7 +247,7 @@ def _numbers(pair: Pair) -> int:
 
 
 def _stand(
-    pair: Pair, climb: Climb | NetworkClimb, seed: int, level: int, settled: bool
+    pair: Pair, climb: Climb | SaaClimb | NetworkClimb, seed: int, level: int, settled: bool
 ) -> _Stand:
     elbo, khat, to_gain = _measure(pair, seed, level)
     guide: Any = pair.guide
@@ -257,7 +258,7 @@ def _try(
     pair: Pair,
     here: _Stand,
     guide: Guide,
-    further: Callable[[int], Climb],
+    further: Callable[[int], Climb | SaaClimb],
     seed: int,
     level: int,
 ) -> _Stand:
@@ -298,7 +299,7 @@ def _go_back(pair: Pair, here: _Stand, is_interrupted: bool) -> None:
         _stop(here.climb)
 
 
-def _stop(climb: Climb | NetworkClimb) -> None:
+def _stop(climb: Climb | SaaClimb | NetworkClimb) -> None:
     """Mark a climb as ended by Ctrl-C."""
     climb.stop_reason, climb.converged = INTERRUPTED, False
 

@@ -33,7 +33,7 @@ from latentlab.inference.sandbox import manual_seed, stream
 from latentlab.inference.stages import evaluate, first_bad
 from latentlab.protocols import StartsFrom, owner_of
 
-__all__ = ["Starts"]
+__all__ = ["Starts", "log_density"]
 
 _ATTEMPTS = 10
 _PRIOR_DRAWS = 200
@@ -146,7 +146,7 @@ class Starts:
         return guide.pack(current)[0]
 
 
-def _log_density(pair: Pair, guide: Guide, u: Tensor) -> Tensor:
+def log_density(pair: Pair, guide: Guide, u: Tensor) -> Tensor:
     """Log joint density (P,) at points u (P, L) of the real line."""
     values, log_det = guide.unpack(u)
     joint = objectives.log_joint(pair, Draws(values, u.new_zeros(len(u))))
@@ -162,7 +162,7 @@ def _mode(pair: Pair, guide: Guide, center: Tensor, unit: Tensor) -> Tensor:
 
     def loss(v: np.ndarray) -> tuple[float, np.ndarray]:
         at = torch.from_numpy(v).to(center).requires_grad_()
-        value = -_log_density(pair, guide, (center + unit * at)[None])[0]
+        value = -log_density(pair, guide, (center + unit * at)[None])[0]
         (slope,) = torch.autograd.grad(value, at)
         return value.item(), slope.double().numpy(force=True)
 
@@ -177,7 +177,7 @@ def _precision(pair: Pair, guide: Guide, mode: Tensor, unit: Tensor) -> Tensor:
     """Negative second derivatives (L, L) at a mode, made positive definite."""
 
     def loss(v: Tensor) -> Tensor:
-        return -_log_density(pair, guide, (mode + unit * v)[None])[0]
+        return -log_density(pair, guide, (mode + unit * v)[None])[0]
 
     curvature = torch.autograd.functional.hessian(loss, torch.zeros_like(mode))
     if not curvature.isfinite().all():
@@ -210,7 +210,7 @@ def _arrow(pair: Pair, guide: Guide, mode: Tensor, unit: Tensor) -> Arrow:
     zeros = torch.zeros_like(mode)
     at = zeros.clone().requires_grad_()
     with torch.enable_grad():
-        value = -_log_density(pair, guide, (mode + unit * at)[None])[0]
+        value = -log_density(pair, guide, (mode + unit * at)[None])[0]
         (slope,) = torch.autograd.grad(value, at, create_graph=True)
         columns = [
             torch.autograd.grad(slope, at, zeros.index_fill(0, places, 1.0), retain_graph=True)[0]
