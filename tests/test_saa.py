@@ -108,7 +108,7 @@ def test_the_sampling_error_is_the_spread_over_seeds(monkeypatch):
         return said[-1]
 
     monkeypatch.setattr(SaaClimb, "_judge", judged)
-    for seed in range(25):
+    for seed in range(20):
         posterior = ll.fit(skewed, ZERO, "mean_field", tol=10.0, seed=seed, **QUICK)
         with posterior.pair.entered(seed=0):
             guide = posterior.guide
@@ -201,7 +201,9 @@ def test_it_is_for_gaussian_guides_of_ours():
 # ---- never silently wrong -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2, 3))]
+)
 @pytest.mark.parametrize("guide", ["mean_field", "full_rank"])
 @pytest.mark.parametrize("model", [funnel, two_modes])
 def test_a_funnel_and_two_modes_are_not_to_be_used(model, guide, seed):
