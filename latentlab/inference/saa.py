@@ -179,6 +179,8 @@ class SaaClimb:
     def __post_init__(self) -> None:
         fewest = max(_FEWEST, _PER_LATENT * self._guide.num_latents)
         self._size = 2 * ((self.num_draws or fewest) + 1 >> 1)
+        how = self.engine  # of stages; what climbs until then is torch
+        self.engine = Engine(self.pair, how.backend, how.num_particles, how.max_steps)
         self.engine.why = "fixed draws are climbed by torch"
 
     @property
@@ -355,7 +357,7 @@ class SaaClimb:
         climb = self.stages()
         climb.losses, climb.stage_starts = self.losses, self.stage_starts
         climb.stage_elbos, self.method = self.stage_elbos, climb.method
-        self.engine.why, self._fallen_back = "", climb
+        self.engine, self._fallen_back = climb.engine, climb
         return climb
 
     def _go_by_stages(self, why: str) -> None:

@@ -102,8 +102,8 @@ def errors(found, truth, logarithm):
     """Mean and largest error of the means, and of the standard deviations."""
     means, sds = [], []
     for site in truth:
-        hidden = site.startswith("log ") or (logarithm and f"log {site}" in truth)
-        if hidden and not (logarithm and site.startswith("log ")):
+        is_log = site.startswith("log ")
+        if is_log != (logarithm and (is_log or f"log {site}" in truth)):
             continue
         (mean, sd), (true_mean, true_sd) = map(np.asarray, (found[site], truth[site]))
         means += (np.abs(mean - true_mean) / true_sd).tolist()
