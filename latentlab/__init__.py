@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from latentlab.inference.identities import check_posterior
     from latentlab.inference.nuts import nuts
     from latentlab.inference.posterior import Posterior
+    from latentlab.inference.response import linear_response
     from latentlab.inference.select import select
     from latentlab.inference.verdict import Verdict
     from latentlab.loading import load
@@ -56,6 +57,7 @@ _HOMES = {
     "check_posterior": "latentlab.inference.identities",
     "fit": "latentlab.inference.engine",
     "fit_codes": "latentlab.codes",
+    "linear_response": "latentlab.inference.response",
     "load": "latentlab.loading",
     "nuts": "latentlab.inference.nuts",
     "rows": "latentlab.plates",
@@ -91,6 +93,7 @@ __all__ = [
     "fit_codes",
     "flows",
     "guides",
+    "linear_response",
     "load",
     "models",
     "nn",

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from benchmarks import Table, Timing, flows, svi, take_turns, vae
+from benchmarks import Table, Timing, converge, flows, svi, take_turns, vae
 
 CASES = svi.cases()
 
@@ -31,6 +31,20 @@ def test_a_step_of_every_flow_guide_runs(kind, steps_of):
 @pytest.mark.parametrize("steps_of", [vae.our_steps, vae.plain_steps])
 def test_a_step_of_an_autoencoder_runs(steps_of):
     steps_of(vae.data()[:256])(2)
+
+
+def test_a_fit_to_convergence_is_timed_and_compared():
+    seconds, _, found, verdict = converge.ours("eight schools", "mean_field", 0)
+    assert 0 < seconds < 60
+    assert verdict.endswith("(MeanField, saa)")
+    assert converge.errors(found, found, True) == (0, 0, 0, 0)
+    wider = {site: (mean, [2 * sd for sd in sds]) for site, (mean, sds) in found.items()}
+    assert converge.errors(wider, found, False) == (0, 0, math.log(2), math.log(2))
+    assert {"tau", "log tau"} <= {*found}
+    others = {k: v for k, v in found.items() if k in ("tau", "log tau")}
+    shifted = others | {"log tau": ([others["log tau"][0][0] + 1], others["log tau"][1])}
+    assert converge.errors(shifted, others, False)[1] == 0
+    assert converge.errors(shifted, others, True)[1] > 0.1
 
 
 def test_turns_are_taken_by_all_and_give_the_work_its_time():

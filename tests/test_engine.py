@@ -312,7 +312,9 @@ def test_an_older_posterior_stays_when_the_same_names_are_fitted_again():
 
 
 def test_steps_that_run_out_are_said():
-    posterior = ll.fit(normal, data(), num_restarts=1, max_steps=100, progress=False)
+    posterior = ll.fit(
+        normal, data(), num_restarts=1, max_steps=100, method="stages", progress=False
+    )
     assert not posterior.converged
     assert "max_steps" in posterior.stop_reason
     assert posterior.check().level == "use with care"
@@ -327,7 +329,7 @@ def test_row_43_an_interrupt_keeps_what_there_is(monkeypatch):
         return note(self, elbos)
 
     monkeypatch.setattr(stages.Climb, "_note", interrupted)
-    posterior = ll.fit(normal, data(), num_restarts=1, progress=False)
+    posterior = ll.fit(normal, data(), num_restarts=1, method="stages", progress=False)
     assert posterior.stop_reason == "interrupted"
     assert not posterior.converged
     assert posterior.sample(5)["loc"].isfinite().all()
@@ -345,7 +347,7 @@ def test_row_43_an_interrupt_during_a_later_start_keeps_the_best_so_far(monkeypa
 
     monkeypatch.setattr(stages.Climb, "_note", interrupted)
     x = data()
-    posterior = ll.fit(normal, x, num_restarts=3, progress=False)
+    posterior = ll.fit(normal, x, num_restarts=3, method="stages", progress=False)
     assert posterior.stop_reason == "interrupted"
     assert float(posterior.guide.free_mean().detach()) == pytest.approx(
         exact(x)[0], abs=exact(x)[1]
@@ -371,7 +373,7 @@ def test_row_48_a_loss_that_stays_nan_ends_with_the_step_and_the_site():
 
     Explosive.calls, Explosive.last = 0, 300
     with pytest.raises(ll.FitDivergedError, match="'x' is nan") as caught:
-        ll.fit(model, data(), backend="eager", **QUICK)
+        ll.fit(model, data(), method="stages", backend="eager", **QUICK)
     assert 0 < caught.value.step < 600
     assert caught.value.site == "x"
 
@@ -394,7 +396,7 @@ def test_row_48_a_loss_that_is_nan_once_is_got_over():
 
     x = data()
     ExplodesOnce.calls, ExplodesOnce.bad = 0, 350
-    posterior = ll.fit(model, x, backend="eager", **QUICK)
+    posterior = ll.fit(model, x, method="stages", backend="eager", **QUICK)
     assert ExplodesOnce.calls > 350
     mean, sd = exact(x)
     assert float(posterior.guide.free_mean().detach()) == pytest.approx(mean, abs=0.1 * sd)
@@ -423,7 +425,7 @@ def test_row_48_a_gradient_that_is_nan_once_is_got_over():
 
     x = data()
     SteepOnce.calls = 0
-    posterior = ll.fit(model, x, "mean_field", backend="eager", **QUICK)
+    posterior = ll.fit(model, x, "mean_field", method="stages", backend="eager", **QUICK)
     mean, sd = exact(x)
     assert SteepOnce.calls > 400
     assert float(posterior.guide.free_mean().detach()) == pytest.approx(mean, abs=0.1 * sd)

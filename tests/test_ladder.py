@@ -304,7 +304,7 @@ def press_ctrl_c(monkeypatch, on, where):
 )
 def test_interrupted_at_any_rung_there_is_a_posterior(monkeypatch, tmp_path, on, where, stands_on):
     press_ctrl_c(monkeypatch, on, where)
-    posterior = ll.fit(banana, SEEN, **QUICK | {"max_steps": 700})
+    posterior = ll.fit(banana, SEEN, method="stages", **QUICK | {"max_steps": 700})
     assert posterior.stop_reason == "interrupted"
     assert not posterior.converged
     assert stands_on is None or type(posterior.guide) is stands_on
@@ -325,7 +325,7 @@ def test_interrupted_when_it_is_back_down_there_is_a_posterior(monkeypatch):
         return note(self, elbos)
 
     monkeypatch.setattr(stages.Climb, "_note", wrapped)
-    posterior = ll.fit(heavy, SEEN, "mean_field", **QUICK)
+    posterior = ll.fit(heavy, SEEN, "mean_field", method="stages", **QUICK)
     assert posterior.stop_reason == "interrupted"
     assert isinstance(posterior.guide, MeanField)
     assert kept(posterior).why == "kept: interrupted"

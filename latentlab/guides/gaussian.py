@@ -49,6 +49,11 @@ class MeanField(Guide):
     def _scale(self) -> Tensor:
         return self.frame * self.log_scale.exp()
 
+    def push(self, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """Points u (P, L) of given noise (P, L), and log |du/deps|."""
+        v = self.loc + self.log_scale.exp() * eps
+        return self.offset + self.frame * v, (self.log_scale + self.frame.log()).sum()
+
     def _draw_free(self, num_particles: int) -> tuple[Tensor, Tensor]:
         eps = noise(num_particles, self.loc)
         scale = self.log_scale.exp()
@@ -156,6 +161,11 @@ class FullRank(Guide):
 
     def _scale_tril(self) -> Tensor:
         return self.frame @ self._tril()
+
+    def push(self, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """Points u (P, L) of given noise (P, L), and log |du/deps|."""
+        v = self.loc + eps @ self._tril().T
+        return self.offset + v @ self.frame.T, (self.log_scale + self.frame.diagonal().log()).sum()
 
     def _draw_free(self, num_particles: int) -> tuple[Tensor, Tensor]:
         eps = noise(num_particles, self.loc)

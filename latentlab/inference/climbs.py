@@ -14,14 +14,15 @@ from latentlab.guides import Flow, Guide
 from latentlab.inference.batches import Batches, follows_rows
 from latentlab.inference.bounds import draws_for
 from latentlab.inference.halving import climb_naturally, natural_updates
+from latentlab.inference.ladder import AnyClimb
 from latentlab.inference.many_rows import glance
 from latentlab.inference.minibatches import batches_of
-from latentlab.inference.natural import NaturalClimb
 from latentlab.inference.networks import NETWORK_RATE, NetworkClimb, has_networks
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.ranks import ALONE
 from latentlab.inference.restarts import Place, Restarts, distances
 from latentlab.inference.rows import looked_at
+from latentlab.inference.saa import SaaClimb, expect_suits, is_for
 from latentlab.inference.sandbox import stream
 from latentlab.inference.settings import RATE, Settings
 from latentlab.inference.shards import Shard
@@ -56,9 +57,7 @@ class Climbs:
     tick: Callable[[int, float], None]
     held: Arguments | None
 
-    def first(
-        self, leave: Callable[[], bool]
-    ) -> tuple[Climb | NetworkClimb | NaturalClimb, Restarts]:
+    def first(self, leave: Callable[[], bool]) -> tuple[AnyClimb, Restarts]:
         """Warm up from every start; unless it is left then, go on from the best of them."""
         pair, settings, batch_size = self.pair, self.settings, self.batch_size
         updates = natural_updates(pair, settings)
@@ -66,14 +65,16 @@ class Climbs:
             natural, race = climb_naturally(pair, updates, settings, batch_size, self.tick, leave)
             agreement = _agreement(pair, race.bounds(), race.places())
             return natural, replace(agreement, given_up=race.given_up, num_rows=race.num_rows)
+        expect_suits(pair, settings, batch_size)
         num_restarts, num_particles = _affordable(pair, settings, batch_size)
         lr, tol, max_steps = _first_rate(pair, settings), settings.tol, settings.max_steps
         networks, finds_rate = has_networks(pair), settings.lr is None
         rate = 2 * lr if isinstance(pair.guide, Guide) and not networks else lr
         elbos: list[Estimate] = []
         places: list[Place] = []
-        warm: list[tuple[float, Climb | NetworkClimb, State]] = []
-        climb, origin, error = None, None, None
+        warm: list[tuple[float, AnyClimb, State]] = []
+        climb: AnyClimb | None = None
+        origin, error = None, None
         engine = Engine(pair, settings.backend, num_particles, max_steps)
         try:
             for start in range(num_restarts):
@@ -81,7 +82,7 @@ class Climbs:
                 batch = _batches(pair, batch_size, begin)
                 how = (pair, begin, num_particles, lr, tol, max_steps, batch, self.tick)
                 net = (self.held, batch_size, finds_rate)
-                climb = NetworkClimb(*how, engine, *net) if networks else Climb(*how, engine)
+                climb = NetworkClimb(*how, engine, *net) if networks else self._climb(how, engine)
                 origin = origin or climb.state()
                 climb.restore(origin)  # a guide of your own begins where you set it, each time
                 try:
@@ -110,7 +111,7 @@ class Climbs:
             climb.stop_reason = INTERRUPTED
         return climb, _agreement(pair, elbos, places)
 
-    def further(self, rung: int) -> Climb:
+    def further(self, rung: int) -> Climb | SaaClimb:
         """A climb that begins where another guide ended."""
         pair, settings, batch_size = self.pair, self.settings, self.batch_size
         seed = stream(settings.seed, "rung", rung)
@@ -119,7 +120,19 @@ class Climbs:
             num_particles = draws_for(pair.bound, _FLOW_PARTICLES)
         lr, batch = _first_rate(pair, settings), _batches(pair, batch_size, seed)
         how = (pair, seed, num_particles, lr, settings.tol, settings.max_steps, batch, self.tick)
-        return Climb(*how, Engine(pair, settings.backend, num_particles, settings.max_steps))
+        return self._climb(how, Engine(pair, settings.backend, num_particles, settings.max_steps))
+
+    def _climb(self, how: tuple, engine: Engine) -> Climb | SaaClimb:
+        """A climb of the pair as it is: with fixed draws where they suit it, else by stages."""
+        pair, seed, num_particles, lr, tol, max_steps, batch, tick = how
+
+        def stages() -> Climb:
+            return Climb(pair, seed, num_particles, lr, tol, max_steps, batch, tick, engine)
+
+        if not is_for(pair, self.settings, self.batch_size):
+            return stages()
+        asked = self.settings.num_particles
+        return SaaClimb(pair, seed, tol, max_steps, tick, engine, stages, asked)
 
 
 def _batches(pair: Pair, batch_size: int | None, seed: int) -> Batches:
@@ -143,7 +156,7 @@ def _agreement(pair: Pair, elbos: list[Estimate], places: list[Place]) -> Restar
     return Restarts(tuple(elbos), distances(places, best, axes))
 
 
-def _best(warm: list[tuple[float, Climb | NetworkClimb, State]]) -> Climb | NetworkClimb:
+def _best(warm: list[tuple[float, AnyClimb, State]]) -> AnyClimb:
     """The climb that got highest, the pair back in its state."""
     _, climb, state = max(warm, key=lambda reached: reached[0])
     climb.restore(state)

@@ -60,7 +60,7 @@ def fit(
     seed: int = 0,
     backend: Literal["auto", "eager", "xla"] = "auto",
     objective: Objective = ELBO(),  # noqa: B008
-    method: Literal["auto", "stages", "natural"] = "auto",
+    method: Literal["auto", "stages", "saa", "natural"] = "auto",
     progress: bool | None = None,
     checkpoint: str | Path | None = None,
     device: str | torch.device | None = None,
@@ -68,10 +68,10 @@ def fit(
     r"""Fit a guide to the posterior of a model by stochastic variational inference.
 
     Maximises the evidence lower bound
-    :math:`\mathbb{E}_{q(z)}[\log p(x, z) - \log q(z)]` from several starts, in averaged stages,
-    until two stages agree; where the pair has networks, until the objective gains nothing more
-    (see :mod:`latentlab.inference.networks`). A model without latents is fitted by maximum
-    likelihood and needs no guide.
+    :math:`\mathbb{E}_{q(z)}[\log p(x, z) - \log q(z)]` from several starts: with fixed draws until
+    these are enough, or in averaged stages until two of them agree; where the pair has networks,
+    until the objective gains nothing more (see :mod:`latentlab.inference.networks`). A model
+    without latents is fitted by maximum likelihood and needs no guide.
 
     Started several times, as by ``torchrun``, it is one fit: each process takes a part of the
     rows, and all return the same posterior.
@@ -96,11 +96,12 @@ def fit(
         num_restarts: starts; by default 4 for guides of ours, 1 for others and for large ones.
         num_particles: draws per step; by default 8 where they are cheap, else 1. For an
             objective of several draws, so many times those; by default once.
-        max_steps: steps of the climb from each start.
+        max_steps: steps of the climb from each start; with fixed draws, evaluations.
         lr: rate of the first stage, in posterior standard deviations (for a guide of your own: in
             units of its parameters); by default 0.05, and where the pair has networks the best of
             0.002, 0.008 and 0.032 (0.002 where there are too few steps to try them).
-        tol: stages agree below this shift, in posterior standard deviations; where the pair has
+        tol: stages agree below this shift, in posterior standard deviations, and fixed draws are
+            enough below this sampling error; where the pair has
             networks, its square is the gain in nats, for each latent of a row, that is none.
         held_out: share of the rows that is kept aside and not fitted; ``posterior.held_out`` says
             how they fare, and a climb with networks ends where they get no better. By default
@@ -112,9 +113,10 @@ def fit(
             it was, and why.
         objective: what is climbed, one of :mod:`latentlab.objectives`: by default the ELBO,
             which is what is reported whatever is climbed.
-        method: how it is climbed: ``"stages"`` (averaged stages of Adam), ``"natural"`` (conjugate
-            updates, where the model offers them for the guide: expectation-maximisation for a
-            point; see :mod:`latentlab.inference.natural`), or ``"auto"`` for what suits the pair.
+        method: how it is climbed: ``"saa"`` (L-BFGS with fixed draws: Gaussian guides of ours over
+            global latents), ``"natural"`` (conjugate updates, where the model offers them for the
+            guide: expectation-maximisation for a point; see :mod:`latentlab.inference.natural`),
+            ``"stages"`` (averaged stages of Adam), or ``"auto"`` for what suits the pair.
             ``posterior.method`` says which it was.
         progress: a progress bar; by default where stderr is a terminal.
         checkpoint: a folder, made if missing, where what was done so far is kept: after a kill,

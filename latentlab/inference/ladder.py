@@ -40,6 +40,7 @@ from latentlab.inference.networks import NetworkClimb, has_networks
 from latentlab.inference.pair import Pair
 from latentlab.inference.ranks import ALONE
 from latentlab.inference.restarts import Restarts
+from latentlab.inference.saa import SaaClimb
 from latentlab.inference.sandbox import manual_seed, stream
 from latentlab.inference.stages import INTERRUPTED, Climb, FitDivergedError, State
 from latentlab.inference.starts import Starts
@@ -47,7 +48,7 @@ from latentlab.protocols import OffersGuide, owner_of
 
 __all__ = ["Ladder", "Rung", "ladder_for"]
 
-AnyClimb = Climb | NetworkClimb | NaturalClimb
+AnyClimb = Climb | SaaClimb | NetworkClimb | NaturalClimb
 
 _ASKS = 0.5  # k-hat above which a richer guide is tried
 _BEYOND = 3.0  # standard errors of a gain that is more than its error
@@ -125,7 +126,7 @@ class Ladder:
         pair: Pair,
         seed: int,
         first: Callable[[Callable[[], bool]], tuple[AnyClimb, Restarts]],
-        further: Callable[[int], Climb],
+        further: Callable[[int], Climb | SaaClimb],
     ) -> tuple[AnyClimb, Restarts, tuple[Rung, ...]]:
         """Climb from rung to rung as far as it is asked for; the pair ends on the best of them.
 
@@ -164,7 +165,7 @@ class Ladder:
         return here.climb, restarts, tuple(stand.rung(why) for stand, why in rungs)
 
     def _up(
-        self, pair: Pair, here: _Stand, seed: int, further: Callable[[int], Climb]
+        self, pair: Pair, here: _Stand, seed: int, further: Callable[[int], Climb | SaaClimb]
     ) -> tuple[_Stand, list[tuple[_Stand, str]]]:
         """Try one rung after the other: the best of them, and all with what was decided there."""
         tried: list[tuple[_Stand, str]] = [(here, "")]
@@ -256,7 +257,7 @@ def _try(
     pair: Pair,
     here: _Stand,
     guide: Guide,
-    further: Callable[[int], Climb],
+    further: Callable[[int], Climb | SaaClimb],
     seed: int,
     level: int,
 ) -> _Stand:

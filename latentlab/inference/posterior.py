@@ -58,7 +58,7 @@ class Posterior:
         losses: negative ELBO of every step of the climb that won, shape (steps,).
         stage_starts: the steps at which its stages began.
         stage_elbos: the ELBO at the end of each stage.
-        converged: whether two stages agreed.
+        converged: whether two stages agreed, or fixed draws and fresh ones.
         stop_reason: why the climb ended, in words.
         restarts: how far the starts agree.
         notes: what the check of the pair noted.

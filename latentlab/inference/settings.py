@@ -19,7 +19,7 @@ from latentlab.protocols import Anneals, owner_of
 
 __all__ = ["RATE", "Method", "Settings", "bound_of"]
 
-Method = Literal["auto", "stages", "natural"]
+Method = Literal["auto", "stages", "saa", "natural"]
 
 RATE = 0.05
 """Rate of the first stage, in posterior standard deviations."""
