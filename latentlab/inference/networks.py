@@ -234,13 +234,14 @@ class NetworkClimb:
             run = self._at(rate)
 
     def state(self) -> State:
-        """A copy of everything that moves."""
-        return {name: value.clone() for name, value in self._mode.moving().items()}
+        """A copy of everything that moves; a frame does so from start to start."""
+        return {name: value.clone() for name, value in standing(self.pair, self._mode).items()}
 
     def restore(self, state: State) -> None:
-        """Go back to a state, in place."""
-        for name, value in self._mode.moving().items():
-            value.copy_(state[name])
+        """Go back to a state, in place; an average says nothing of what steps do not move."""
+        now = standing(self.pair, self._mode)
+        for name, value in state.items():
+            now[name].copy_(value)
 
     def _stage(self, run: _Run, num_steps: int) -> State:
         """Steps at one rate, and the average of all that were taken at it."""
