@@ -358,3 +358,26 @@ def test_tampering_with_a_large_fit_is_seen(fitted):
     with torch.no_grad():
         changed.model.__self__.decoder.weight.mul_(3.0)
     assert changed.check().level == "do not use"
+
+
+def test_the_best_start_is_gone_back_to_with_the_frame_of_its_guide():
+    """Beside a network a guide of ours has a frame, which every start puts elsewhere."""
+    x = torch.linspace(-2, 2, 40)[:, None]
+    y = x.square().squeeze(-1) + 0.1 * torch.randn(40, generator=torch.Generator().manual_seed(0))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))
+
+    def model(x, y=None):
+        pyro.module("network", network)
+        offset = pyro.sample("offset", dist.Normal(0.0, 50.0))
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Normal(network(x).squeeze(-1) + offset, scale), obs=y)
+
+    how = {"num_restarts": 3, "max_steps": 400, "backend": "eager", "progress": False}
+    posterior = ll.fit(model, (x, y), "mean_field", **how)
+    best = max(posterior.restarts.elbos, key=lambda e: e.value)
+    worst = min(posterior.restarts.elbos, key=lambda e: e.value)
+    assert worst.value < best.value - 100  # starts differ
+    assert posterior.elbo.value > best.value - 6 * (best.se + posterior.elbo.se)

@@ -230,13 +230,14 @@ class NetworkClimb:
             run = self._at(rate)
 
     def state(self) -> State:
-        """A copy of everything that moves."""
-        return {name: value.clone() for name, value in self.moving().items()}
+        """A copy of everything that moves; a frame does so from start to start."""
+        return {name: value.clone() for name, value in standing(self.pair, self._mode).items()}
 
     def restore(self, state: State) -> None:
-        """Go back to a state, in place."""
-        for name, value in self.moving().items():
-            value.copy_(state[name])
+        """Go back to a state, in place; an average says nothing of what steps do not move."""
+        now = standing(self.pair, self._mode)
+        for name, value in state.items():
+            now[name].copy_(value)
 
     def moving(self) -> State:
         """What moves itself."""
