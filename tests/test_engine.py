@@ -105,7 +105,7 @@ def test_a_stage_that_stays_nan_is_taken_back_to_the_best_one(times, monkeypatch
 
 def test_the_last_elbo_is_measured_in_parts_that_fit_in_memory(monkeypatch):
     sizes, draw = [], objectives.draw
-    monkeypatch.setattr(engine, "particle_chunk", lambda pair, num: 300)
+    monkeypatch.setattr(engine, "particle_chunk", lambda pair, num, summed: 300)
     pair, _ = check.prepare(normal, data(), "full_rank")
 
     def counted(pair, num_particles, data=None):

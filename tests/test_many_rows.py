@@ -94,13 +94,15 @@ def test_some_rows_stand_for_all():
     torch.testing.assert_close(stands.flatten(1).sum(-1), expected.flatten())
 
 
-def test_a_fit_in_parts_meets_the_closed_form():
+def test_a_fit_in_parts_meets_the_closed_form(tmp_path):
     posterior = ll.fit(normal, X, "mean_field", batch_size=300, **QUICK)
     assert posterior.pair.in_parts
     loc = posterior.sample(1000)["loc"]
     sd = N**-0.5
     assert float(((loc.mean(0) - X.mean(0)) / sd).abs().max()) < 0.5
     assert float((loc.std(0) / sd).log().abs().max()) < 0.3
+    again = ll.load(posterior.save(tmp_path), model=normal, data=X)
+    assert torch.equal(again.log_weights(20), posterior.log_weights(20))
     exact = dist.Normal(X.mean(0), 1.0).log_prob(X).sum()
     assert abs(posterior.log_prob(X).value - float(exact)) < 5
 

@@ -189,6 +189,7 @@ def _facts(posterior: Posterior) -> dict[str, Any]:
         "plates": pair.plates,
         "nesting": pair.nesting,
         "vectorised": pair.vectorised,
+        "in_parts": pair.in_parts,
         "seed": posterior.seed,
         "elbo": [posterior.elbo.value, posterior.elbo.se],
         "stage_starts": posterior.stage_starts,
@@ -286,6 +287,7 @@ def _sites(facts: Mapping[str, Any]) -> dict[str, Any]:
         "plates": {k: tuple(tuple(p) for p in v) for k, v in facts["plates"].items()},
         "nesting": facts["nesting"],
         "vectorised": facts["vectorised"],
+        "in_parts": facts.get("in_parts", False),
     }
 
 

@@ -77,6 +77,7 @@ class Climbs:
         origin, error = None, None
         engine = Engine(pair, settings.backend, num_particles, max_steps)
         try:
+            # In turn: a warm-up by XLA takes some ms, and to compile it for all at once, seconds.
             for start in range(num_restarts):
                 begin = stream(settings.seed, "start", start)
                 batch = _batches(pair, batch_size, begin)

@@ -287,7 +287,7 @@ def _measured_elbo(pair: Pair, seed: int) -> Estimate:
     if is_judged_by_row(pair):
         return elbo_of_rows(some_rows(pair, seed), num_rows(pair.data) or 1, DRAWS_OF_ROWS)
     num_draws = 1 if pair.is_point() else 1000 if pair.vectorised else 100
-    chunk = particle_chunk(pair, num_draws)  # draws of many rows are many numbers
+    chunk = particle_chunk(pair, num_draws, summed=True)  # draws of many rows are many numbers
     with torch.no_grad():
         parts = [
             objectives.log_weights(pair, min(chunk, num_draws - start))

@@ -36,7 +36,7 @@ def evaluate(pair: Pair, draws: Draws) -> Estimate:
             weights = torch.cat(
                 [
                     objectives.log_joint_of_all(pair, part) - part.log_q
-                    for part in chunks(pair, draws)
+                    for part in chunks(pair, draws, True)
                 ]
             )
     except SINGULAR:
@@ -44,17 +44,26 @@ def evaluate(pair: Pair, draws: Draws) -> Estimate:
     return Estimate.from_draws(weights) if len(weights) > 1 else Estimate(float(weights[0]), 0.0)
 
 
-def chunks(pair: Pair, draws: Draws) -> list[Draws]:
-    """Draws in parts that go through the model at once."""
-    size = particle_chunk(pair, len(draws))
+def chunks(pair: Pair, draws: Draws, summed: bool = False) -> list[Draws]:
+    """Draws in parts that go through the model at once; ``summed`` as for the size of these."""
+    size = particle_chunk(pair, len(draws), summed=summed)
     return [draws[start : start + size] for start in range(0, len(draws), size)]
 
 
-def particle_chunk(pair: Pair, num_particles: int, elements: int = 2**22) -> int:
-    """How many particles go through the model at once, so that memory stays bounded."""
+def particle_chunk(
+    pair: Pair, num_particles: int, elements: int = 2**22, summed: bool = False
+) -> int:
+    """How many particles go through the model at once, so that memory stays bounded.
+
+    Arguments:
+        pair: the pair.
+        num_particles: how many there are.
+        elements: numbers that may go through it at once.
+        summed: whether no more than log p(x, z) is asked for, which may be added up in parts.
+    """
     if not pair.vectorised:
         return num_particles
-    if pair.in_parts:
+    if pair.in_parts and summed:
         return min(num_particles, _TOGETHER)
     size = sum(t.numel() for t in pair.data.tensors()) + sum(
         math.prod(shape) for shape in pair.shapes.values()

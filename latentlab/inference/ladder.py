@@ -320,7 +320,7 @@ def _measured(pair: Pair, seed: int, level: int) -> tuple[Estimate, Estimate, Es
     size = sum(t.numel() for t in pair.data.tensors()) + _numbers(pair)
     num_draws = max(_FEW_DRAWS, min(_DRAWS, _ELEMENTS // size)) if pair.vectorised else _FEW_DRAWS
     manual_seed(stream(seed, "rung", level))
-    chunk = particle_chunk(pair, num_draws)  # draws of many rows are many numbers
+    chunk = particle_chunk(pair, num_draws, summed=True)  # draws of many rows are many numbers
     with torch.no_grad():
         draws = (
             objectives.draw(pair, min(chunk, num_draws - start))

@@ -57,7 +57,7 @@ def adds_up(pair: Pair) -> bool:
     for name, value in every.items():
         dims = {label: dim for label, _, dim in pair.plates[name]}
         if plate in dims and value.shape[dims[plate]] == total:
-            value = value.index_select(dims[plate], rows)
+            value = value.index_select(dims[plate], rows.to(value.device))
         if value.shape != half[name].shape or not torch.allclose(value, half[name], rtol=1e-4):
             return False
     return True

@@ -192,7 +192,7 @@ def _added_up(pair: Pair, draws: Draws) -> Tensor:
     """Log-density (P,) of the model, from some rows after the other."""
     from latentlab.inference.many_rows import parts
 
-    plate, total = pair.rows_plate(), torch.zeros(len(draws), dtype=torch.float64)
+    plate, total = pair.rows_plate(), torch.zeros_like(draws.log_q, dtype=torch.float64)
     for k, part in enumerate(parts(pair.data)):
         found = _site_log_probs(pair, pair.model, draws, part)
         local = {n for n in found if plate in {name for name, _, _ in pair.plates[n]}}

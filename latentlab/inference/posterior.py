@@ -350,7 +350,7 @@ class Posterior:
         """Draws of the guide's latents, site -> (S, ...), if kept; their log weights (S,)."""
         self._need_data("log_weights")
         num_samples = as_count(num_samples, "num_samples")
-        chunk = particle_chunk(self.pair, num_samples)
+        chunk = particle_chunk(self.pair, num_samples, summed=True)
         shapes = {z.name: z.shape for z in self.pair.latents if keep}
         values: dict[str, list[Tensor]] = {name: [] for name in shapes}
         weights = []
