@@ -64,6 +64,7 @@ _GUIDES: dict[str, type[Guide]] = {
 
 
 _LARGE = 1_000  # rows, above which a pair that follows them is looked at on some of them
+_MANY = 5_000  # rows, above which one without latents of rows is
 _PRIMES = (499, 503, 509, 521, 523, 541)  # rows, of which no axis else has as many
 
 
@@ -220,8 +221,8 @@ def _look_at_all(pair: Pair, wants_guide: bool) -> tuple[list[Fault], str | None
 def _look_at_few(pair: Pair, wants_guide: bool) -> tuple[Pair, list[Fault], None] | None:
     """As :func:`_look_at_all`, at some rows of large data.
 
-    A pair that follows its rows has the same sites at all of them, where then only their
-    log-densities are looked at.
+    A pair that follows its rows, or has global latents alone, has the same sites at all of them,
+    where then only their log-densities are looked at.
 
     Returns:
         The pair and its faults; ``None`` where that will not do.
@@ -234,21 +235,43 @@ def _look_at_few(pair: Pair, wants_guide: bool) -> tuple[Pair, list[Fault], None
     some = take(pair.data, chosen(count, total, 0))
     few = replace(pair, data=some, store={"params": {}, "constraints": {}})
     try:
-        if not _may_follow(few, wants_guide):
+        follows = _may_follow(few, wants_guide)
+        if not follows and (total <= _MANY or isinstance(few.guide, Amortised | AutoGuide)):
             return None
         faults, note = _look_at_all(few, wants_guide)
     except Exception:  # as of a guide with numbers for each row; a look at all tells
         return None
-    if any(fault.fatal for fault in faults) or note is not None or not follows_rows(few):
+    if any(fault.fatal for fault in faults) or note is not None:
+        return None
+    if not (follows_rows(few) if follows else _is_global(few, count)):
         return None
     with few.entered(seed=0, validate=True):
-        for rows in torch.arange(total).split(_LARGE):
-            part = take(pair.data, rows)
-            if find.score(_run("model", few.model, part)):
-                return None  # named with its place among all rows
+        parts = (take(pair.data, rows) for rows in torch.arange(total).split(_LARGE))
+        try:
+            for part in parts if follows else [pair.data]:
+                if find.score(_run("model", few.model, part)):
+                    return None  # named with its place among all rows
+        except Exception:
+            if follows:
+                raise
+            return None
     _widen(few, count, total)
     few.data = pair.data
     return few, faults, None
+
+
+def _is_global(pair: Pair, count: int) -> bool:
+    """Whether no latent belongs to one of ``count`` rows, and all that is observed does."""
+    plate = datum_plate(pair)
+    if not isinstance(pair.guide, Guide) or pair.summed_out or plate is None or not pair.observed:
+        return False
+    of_latents = {p for z in pair.latents for p in z.plates}
+    return all(
+        (plate, count) in {(n, s) for n, s, _ in pair.plates[o]} for o in pair.observed
+    ) and (
+        plate not in {name for name, _, _ in of_latents}
+        and not any(count in z.shape for z in pair.latents)
+    )
 
 
 def _may_follow(pair: Pair, wants_guide: bool) -> bool:
