@@ -408,3 +408,17 @@ class TestNormalWishart:
         assert float(weights.mean() * 8) == pytest.approx(1.0, abs=0.05)
         squares = (weights[:, None] * uniform**2).sum(0) / weights.sum()
         torch.testing.assert_close(draws.square().mean(0), squares, rtol=0.06, atol=0.0)
+
+
+def test_a_pair_that_was_looked_at_on_few_rows_is_that_of_all():
+    x = torch.from_numpy(rows(6000))
+    few, _ = entered(ll.GaussianMixture(3, 2, covariance="full", prior="flat"), x)
+    whole, _ = entered(ll.GaussianMixture(3, 2, covariance="full", prior="flat"), x[:900])
+    assert [z.spec() for z in few.latents] == [z.spec() for z in whole.latents]
+    assert few.vectorised
+    assert few.plates["x"][0][1] == 6000
+    assert few.shapes["x"] == (6000, 3)
+    assert len(few.data.args[0]) == 6000
+    x[4321, 1] = math.inf
+    with pytest.raises(ValueError, match="4321"):
+        entered(ll.GaussianMixture(3, 2, covariance="full", prior="flat"), x)

@@ -67,6 +67,7 @@ _GUIDES: dict[str, type[Guide]] = {
 
 
 _LARGE = 1_000  # rows, above which a pair that follows them is looked at on some of them
+_MANY = 5_000  # rows, above which one without latents of rows is
 _PRIMES = (499, 503, 509, 521, 523, 541)  # rows, of which no axis else has as many
 
 
@@ -239,8 +240,8 @@ def _look_at_few(
 ) -> tuple[Pair, list[Fault], None] | None:
     """As :func:`_look_at_all`, at some rows of large data.
 
-    A pair that follows its rows has the same sites at all of them, where then only their
-    log-densities are looked at; and so has one that adds them up.
+    A pair that follows its rows, or adds them up, or has global latents alone, has the same sites
+    at all of them, where then only their log-densities are looked at.
 
     Returns:
         The pair and its faults; ``None`` where that will not do.
@@ -255,25 +256,48 @@ def _look_at_few(
     try:
         may_add_up = in_batches and are_many(pair.data)
         may_add_up = may_add_up and not isinstance(pair.guide, AutoGuide)  # made for its rows
-        if not may_add_up and not _may_follow(few, wants_guide):
+        follows = _may_follow(few, wants_guide)
+        may_share = total > _MANY and not isinstance(few.guide, Amortised | AutoGuide)
+        if not (follows or may_add_up or may_share):
             return None
         faults, note = _look_at_all(few, wants_guide)
     except Exception:  # as of a guide with numbers for each row; a look at all tells
         return None
     if any(fault.fatal for fault in faults) or note is not None:
         return None
-    if not follows_rows(few):
+    follows = follows_rows(few)
+    if may_add_up and not follows:
         with few.entered(seed=0):
-            few.in_parts = may_add_up and adds_up(few)
-        if not few.in_parts:
-            return None
+            few.in_parts = adds_up(few)
+    if not (follows or few.in_parts or may_share and _is_global(few, count)):
+        return None
+    in_turn = parts(pair.data, None if few.in_parts else _LARGE)
     with few.entered(seed=0, validate=True):
-        for part in parts(pair.data, None if few.in_parts else _LARGE):
-            if find.score(_run("model", few.model, part)):
-                return None  # named with its place among all rows
+        try:
+            for part in in_turn if follows or few.in_parts else [pair.data]:
+                if find.score(_run("model", few.model, part)):
+                    return None  # named with its place among all rows
+        except Exception:
+            if follows or few.in_parts:
+                raise
+            return None
     _widen(few, count, total)
     few.data = pair.data
     return few, faults, None
+
+
+def _is_global(pair: Pair, count: int) -> bool:
+    """Whether no latent belongs to one of ``count`` rows, and all that is observed does."""
+    plate = datum_plate(pair)
+    if not isinstance(pair.guide, Guide) or pair.summed_out or plate is None or not pair.observed:
+        return False
+    of_latents = {p for z in pair.latents for p in z.plates}
+    return all(
+        (plate, count) in {(n, s) for n, s, _ in pair.plates[o]} for o in pair.observed
+    ) and (
+        plate not in {name for name, _, _ in of_latents}
+        and not any(count in z.shape for z in pair.latents)
+    )
 
 
 def _may_follow(pair: Pair, wants_guide: bool) -> bool:
