@@ -61,7 +61,7 @@ def test_of_a_normal_it_is_the_covariance(seed, dense):
     posterior = ll.fit(model, SEEN + 1, "mean_field", seed=seed, num_restarts=1, progress=False)
     sd = covariance.diagonal().sqrt()
     with posterior.pair.entered(seed=0):
-        assert float(((posterior.guide.free_mean() - mean) / sd).abs().max()) < 1e-6
+        assert float(((posterior.guide.free_mean().detach() - mean) / sd).abs().max()) < 1e-6
         pair, _ = prepare(model, SEEN + 1, posterior.guide)
         pair.guide.load_state_dict(posterior.guide.state_dict())
         found = response_covariance(pair, seed=seed + 7, dense=dense)
