@@ -251,14 +251,13 @@ def _look_at_few(
         return None
     sizes = {size for tensor in pair.data.tensors() for size in tensor.shape[1:]}
     count = next(prime for prime in _PRIMES if prime not in sizes)
-    some = take(pair.data, chosen(count, total, 0))
-    few = replace(pair, data=some, store={"params": {}, "constraints": {}})
+    store: Any = {"params": {}, "constraints": {}}
+    few = replace(pair, data=take(pair.data, chosen(count, total, 0)), store=store)
     try:
-        may_add_up = in_batches and are_many(pair.data)
-        may_add_up = may_add_up and not isinstance(pair.guide, AutoGuide)  # made for its rows
-        follows = _may_follow(few, wants_guide)
-        may_share = total > _MANY and not isinstance(few.guide, Amortised | AutoGuide)
-        if not (follows or may_add_up or may_share):
+        is_auto = isinstance(pair.guide, AutoGuide)  # made for its rows
+        may_add_up = in_batches and are_many(pair.data) and not is_auto
+        may_share = total > _MANY and not (is_auto or isinstance(few.guide, Amortised))
+        if not (may_add_up or may_share or _may_follow(few, wants_guide)):
             return None
         faults, note = _look_at_all(few, wants_guide)
     except Exception:  # as of a guide with numbers for each row; a look at all tells
@@ -266,9 +265,8 @@ def _look_at_few(
     if any(fault.fatal for fault in faults) or note is not None:
         return None
     follows = follows_rows(few)
-    if may_add_up and not follows:
-        with few.entered(seed=0):
-            few.in_parts = adds_up(few)
+    with few.entered(seed=0):
+        few.in_parts = may_add_up and not follows and adds_up(few)
     if not (follows or few.in_parts or may_share and _is_global(few, count)):
         return None
     in_turn = parts(pair.data, None if few.in_parts else _LARGE)
