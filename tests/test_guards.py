@@ -16,7 +16,7 @@ from latentlab.inference.guards import is_out_of_memory
 from latentlab.inference.starts import Starts
 
 X = torch.randn(30, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 2
-QUICK = {"num_restarts": 1, "max_steps": 700, "progress": False}
+QUICK = {"num_restarts": 1, "max_steps": 700, "progress": False, "method": "stages"}
 
 
 def normal(x, size=None):
@@ -338,7 +338,7 @@ def test_an_interrupt_anywhere_keeps_what_there_is(place, after, monkeypatch):
     assert posterior.check().level != "use"
 
 
-@pytest.mark.parametrize(("place", "after"), [("steps.step_of", 250), ("networks.row_terms", 1)])
+@pytest.mark.parametrize(("place", "after"), [("steps.step_of", 250), ("judge.row_terms", 1)])
 def test_an_interrupt_of_a_climb_of_networks_keeps_what_there_is(place, after, monkeypatch):
     press_at(monkeypatch, place, after)
     model, guide = PAIRS["networks"]

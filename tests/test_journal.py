@@ -79,12 +79,16 @@ def normalised():
     return pair.model, PLANE, pair.guide
 
 
-QUICK = {"progress": False, "backend": "eager", "num_restarts": 1, "max_steps": 130}
+QUICK = {
+    **{"progress": False, "backend": "eager", "num_restarts": 1, "max_steps": 130},
+    "method": "stages",
+}
 FITS = {
     "mean-field": (lambda: (skewed, X, "mean_field"), {"num_restarts": 2}),
     "batches": (lambda: (skewed, X, "full_rank"), {"batch_size": 10}),
     "latents of rows": (lambda: (local, X, "mean_field"), {"batch_size": 20}),
     "ladder": (lambda: (skewed, X, "auto"), {"max_steps": 90}),
+    "fixed draws": (lambda: (skewed, X, "mean_field"), {"method": "auto", "max_steps": 2000}),
     "flow": (lambda: (skewed, X, "flow"), {"max_steps": 60}),
     "weights": (lambda: (skewed, X, "mean_field"), {"objective": ll.objectives.IWAE(2)}),
     "kept aside": (vae, {"batch_size": 16, "held_out": 0.2}),
@@ -372,7 +376,10 @@ def shorter(x=None, size=None):
         return pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
 
 
-BASE = {"num_restarts": 1, "max_steps": 8, "progress": False, "backend": "eager"}
+BASE = {
+    **{"num_restarts": 1, "max_steps": 8, "progress": False, "backend": "eager"},
+    "method": "stages",
+}
 
 
 @pytest.fixture(scope="module")
@@ -392,7 +399,7 @@ def begun(tmp_path_factory):
         ({"max_steps": 9}, "max_steps=8", "max_steps=9"),
         ({"lr": 0.01}, "lr=None", "lr=0.01"),
         ({"tol": 0.1}, "tol=0.03", "tol=0.1"),
-        ({"method": "stages"}, "method='auto'", "method='stages'"),
+        ({"method": "auto"}, "method='stages'", "method='auto'"),
         ({"backend": "auto"}, "backend='eager'", "backend='auto'"),
         ({"objective": ll.objectives.IWAE(2)}, r"objective=ELBO\(\)", r"objective=IWAE\("),
         ({"guide": "full_rank"}, "guide='mean_field' .*", "guide='full_rank'"),
