@@ -139,6 +139,17 @@ def test_a_pair_is_written_down_and_compiled(name):
     assert isinstance(stepper, steps.Compiled)
 
 
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_pair_is_written_down_and_run_by_torch(name):
+    """The record with its slopes is compared with the pair, as the compiled one is."""
+    model, data, guide = PAIRS[name]
+    num_particles = 1 if guide == "point" or name == "flow density" else 2
+    engine, stepper, _ = engine_of(model, data, guide, "traced", num_particles)
+    assert str(engine) == "traced"
+    assert isinstance(stepper, steps.Traced)
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -249,10 +260,42 @@ def test_what_cannot_be_written_down_is_run_as_it_is(model, guide, why):
         engine_of(model, ROWS, guide, "xla")
 
 
-def test_without_jax_pyro_takes_the_steps(monkeypatch):
+def test_without_jax_the_record_takes_the_steps(monkeypatch):
     monkeypatch.setattr("latentlab.inference.xla.has_jax", lambda: False)
-    posterior = ll.fit(mean_of, ROWS, "mean_field", backend="auto", **BRIEF)
-    assert posterior.backend == "eager: JAX is not installed: pip install 'latentlab[xla]'"
+    how = BRIEF | {"max_steps": 2000, "method": "stages"}
+    posterior = ll.fit(mean_of, ROWS, "mean_field", backend="auto", **how)
+    assert posterior.backend == "traced: JAX is not installed: pip install 'latentlab[xla]'"
+
+
+def test_without_a_lowering_it_is_one_rung_down(monkeypatch):
+    from latentlab.inference import xla
+
+    table = {name: f for name, f in xla.lowerings().items() if name != "mul.Tensor"}
+    monkeypatch.setattr(xla, "lowerings", lambda: table)
+    monkeypatch.setattr(xla, "_compilations", {})
+    engine, stepper, _ = engine_of(mean_of, ROWS, "mean_field")
+    assert str(engine) == "traced: the operation aten.mul.Tensor has no lowering"
+    assert isinstance(stepper, steps.Traced)
+    with pytest.raises(ValueError, match="mul.Tensor has no lowering"):
+        engine_of(mean_of, ROWS, "mean_field", "xla")
+
+
+def test_a_record_without_slopes_is_not_run(monkeypatch):
+    """Both rungs are compared with the pair: a record that is wrong is one that is not taken."""
+    from latentlab.inference import traced
+
+    real = traced.differentiated
+
+    def wrong(*args):
+        graph = real(*args)
+        return lambda *tensors: tuple(2 * x for x in graph(*tensors))
+
+    monkeypatch.setattr(steps, "differentiated", wrong)
+    monkeypatch.setattr("latentlab.inference.xla.has_jax", lambda: False)
+    engine, stepper, _ = engine_of(mean_of, ROWS, "mean_field")
+    assert isinstance(stepper, steps.Eager)
+    assert "JAX is not installed" in engine.why
+    assert "differs by" in engine.why
 
 
 def test_few_steps_are_not_worth_a_compilation():
@@ -263,19 +306,23 @@ def test_few_steps_are_not_worth_a_compilation():
 
 
 def test_the_backend_is_asked_for_by_name():
-    with pytest.raises(ValueError, match='backend: expected one of "auto", "eager", "xla"'):
+    with pytest.raises(
+        ValueError, match='backend: expected one of "auto", "eager", "traced", "xla"'
+    ):
         ll.fit(mean_of, ROWS, backend="numpyro", **BRIEF)
 
 
 @pytest.mark.parametrize("guide", ["mean_field", "full_rank"])
-def test_both_backends_find_the_same_posterior(guide):
-    fits = {b: ll.fit(mean_of, ROWS, guide, seed=0, backend=b, **BRIEF) for b in ("eager", "xla")}
-    assert {b: p.backend for b, p in fits.items()} == {"eager": "eager", "xla": "xla"}
-    one, other = (p.sample(4000) for p in fits.values())
-    for site in ("loc", "scale"):
-        sd = one[site].std()
-        assert abs(one[site].mean() - other[site].mean()) < 0.15 * sd
-        assert abs((other[site].std() / sd).log()) < 0.15
+def test_all_backends_find_the_same_posterior(guide):
+    backends = ("eager", "traced", "xla")
+    fits = {b: ll.fit(mean_of, ROWS, guide, seed=0, backend=b, **BRIEF) for b in backends}
+    assert {b: p.backend for b, p in fits.items()} == {b: b for b in backends}
+    one, *others = (p.sample(4000) for p in fits.values())
+    for other in others:
+        for site in ("loc", "scale"):
+            sd = one[site].std()
+            assert abs(one[site].mean() - other[site].mean()) < 0.15 * sd
+            assert abs((other[site].std() / sd).log()) < 0.15
 
 
 def test_mini_batches_are_taken_where_the_data_are():

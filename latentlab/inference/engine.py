@@ -58,7 +58,7 @@ def fit(
     tol: float = 0.03,
     held_out: float | None = None,
     seed: int = 0,
-    backend: Literal["auto", "eager", "xla"] = "auto",
+    backend: Literal["auto", "eager", "traced", "xla"] = "auto",
     objective: Objective = ELBO(),  # noqa: B008
     method: Literal["auto", "stages", "saa", "natural"] = "auto",
     progress: bool | None = None,
@@ -107,10 +107,11 @@ def fit(
             how they fare, and a climb with networks ends where they get no better. By default
             what the model asks for, else 0.
         seed: same seed, same machine, same backend: same bytes.
-        backend: what takes the steps: ``"eager"`` is Pyro as it is; ``"xla"`` is the pair written
-            down once as a graph, compared with the pair, and compiled, which needs JAX;
-            ``"auto"`` takes XLA where it can and where it pays. ``posterior.backend`` says which
-            it was, and why.
+        backend: what takes the steps: ``"eager"`` is Pyro as it is; ``"traced"`` is the pair
+            written down once as a graph, which torch runs, and ``"xla"`` the same compiled, which
+            needs JAX; both are compared with the pair. ``"auto"`` takes XLA where it can and where
+            it pays, else the graph, else the pair. ``posterior.backend`` says which it was, and
+            why.
         objective: what is climbed, one of :mod:`latentlab.objectives`: by default the ELBO,
             which is what is reported whatever is climbed.
         method: how it is climbed: ``"saa"`` (L-BFGS with fixed draws: Gaussian guides of ours over

@@ -64,7 +64,7 @@ def natural_updates(pair: Pair, settings: Settings) -> Updates | None:
         why = f"the model offers no conjugate updates of {name}"
     elif settings.method == "stages":
         why = 'method is "stages", which follows gradients; leave it at "auto"'
-    elif settings.backend == "xla":
+    elif settings.backend in ("traced", "xla"):
         why = 'no compiled step is taken by it; leave backend at "auto"'
     elif not isinstance(settings.objective, ELBO):
         why = "it climbs the ELBO; leave objective at ELBO()"

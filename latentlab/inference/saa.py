@@ -80,7 +80,7 @@ def is_for(pair: Pair, settings: Settings, batch_size: int | None) -> bool:
         return False
     # A rate, a number of particles and a compiler are settings of the other way to climb.
     size = sum(t.numel() for t in pair.data.tensors()) * _FEWEST
-    asked = settings.lr or settings.num_particles or settings.backend == "xla"
+    asked = settings.lr or settings.num_particles or settings.backend in ("traced", "xla")
     return settings.method == "saa" or not asked and size <= _NUMBERS
 
 
@@ -96,7 +96,7 @@ def expect_suits(pair: Pair, settings: Settings, batch_size: int | None) -> None
         ValueError: with the reason.
     """
     why = _obstacle(pair, batch_size)
-    if settings.backend == "xla":
+    if settings.backend in ("traced", "xla"):
         why = why or 'torch alone takes its steps; take backend="auto"'
     if settings.method == "saa" and why:
         raise ValueError(

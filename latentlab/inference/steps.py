@@ -1,7 +1,8 @@
 """What takes the steps of a stage: torch one by one, or XLA many in a call.
 
-A pair is recorded at the first step, compared with the record, and compiled; where that cannot be
-done torch takes the steps, and the posterior says why.
+A pair is recorded at the first step, the record is compiled, and compared with the pair. Where
+that cannot be done torch runs the record, and where there is none the pair; the posterior says
+why.
 """
 
 from __future__ import annotations
@@ -19,19 +20,20 @@ from latentlab.inference.bounds import draws_for
 from latentlab.inference.devices import CPU
 from latentlab.inference.guards import Gauge, is_out_of_memory
 from latentlab.inference.journal import Part
-from latentlab.inference.lazy_adam import LazyAdam
 from latentlab.inference.modes import TrainingMode, standing
+from latentlab.inference.optimiser import memory_of, recall_into
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.sandbox import manual_seed, stream
+from latentlab.inference.traced import Traced, differentiated
 from latentlab.inference.training import blind_step_of, kl_weight, step_of
 
 if TYPE_CHECKING:
     from latentlab.inference.batches import Batches
     from latentlab.inference.program import Program
 
-__all__ = ["Backend", "Engine", "Eager", "Compiled", "Stepper"]
+__all__ = ["Backend", "Compiled", "Eager", "Engine", "Stepper", "Traced"]
 
-Backend = Literal["auto", "eager", "xla"]
+Backend = Literal["auto", "eager", "traced", "xla"]
 
 _STEPS = 100  # of a call, after which the place is looked at
 _NUMBERS = 2**23  # of noise, or of places, in a call
@@ -59,10 +61,10 @@ class Engine:
     notes: list[str] = field(default_factory=list)
     _gauges: dict[int, Gauge] = field(default_factory=dict)
     _known: bool = False
-    _trial: Compiled | None = None
+    _trial: Compiled | Traced | None = None
 
     def __str__(self) -> str:
-        return f"{self.used}: {self.why}" if self.why and self.backend != "eager" else self.used
+        return f"{self.used}: {self.why}" if self.why and self.backend != self.used else self.used
 
     def stepper(
         self,
@@ -73,7 +75,7 @@ class Engine:
         every: int,
         step: int,
     ) -> Stepper:
-        """What takes the steps of a stage, by XLA where the pair can be compiled.
+        """What takes the steps of a stage: XLA, else the record, else the pair.
 
         Arguments:
             optimiser: Adam, new.
@@ -86,17 +88,35 @@ class Engine:
         if type(optimiser) is not torch.optim.Adam:
             self.why = "each row has latents of its own, which only its batches move"
             return self._eager(optimiser, batch, seed, mode, every)
+        how = (optimiser, batch, seed, mode, every)
         if not self._known:
-            self._known = True
-            self.why = self._reason(optimiser, batch, mode, every, step) or ""
-            self.used = "eager" if self.why else "xla"
-            if self.why and self.backend == "xla":
-                raise ValueError(f'backend: "xla" cannot run this pair: {self.why}')
+            self._known, self.used = True, "eager"
+            self.why = self._obstacle(mode) or self._record(*how, step)
+            if self.why and self.backend in ("traced", "xla") and self.used != self.backend:
+                raise ValueError(f'backend: "{self.backend}" cannot run this pair: {self.why}')
         if self.program is None:
-            return self._eager(optimiser, batch, seed, mode, every)
-        return Compiled(
-            self.pair, optimiser, self.program, batch, seed, every, self.gauge_of(seed)
-        )
+            return self._eager(*how)
+        return self._by_record(self.used, self.program, *how)
+
+    def _by_record(
+        self,
+        used: str,
+        program: Program,
+        optimiser: torch.optim.Optimizer,
+        batch: Batches,
+        seed: int,
+        mode: TrainingMode,
+        every: int,
+    ) -> Compiled | Traced:
+        """Steps by a record, compiled or run by torch."""
+        gauge = self.gauge_of(seed)
+        if used == "xla":
+            return Compiled(self.pair, optimiser, program, batch, seed, every, gauge)
+        if isinstance(self._trial, Traced) and self._trial.program is program:
+            graph = self._trial.graph
+        else:
+            graph = differentiated(program, self.pair, batch(0))
+        return Traced(self.pair, optimiser, program, graph, batch, seed, gauge)
 
     def _eager(
         self,
@@ -136,17 +156,8 @@ class Engine:
         self.notes.append(f"memory ran out: num_particles={fewer} in the place of {before}")
         self.num_particles, self._known, self.program, self._trial = fewer, False, None, None
 
-    def _reason(
-        self,
-        optimiser: torch.optim.Optimizer,
-        batch: Batches,
-        mode: TrainingMode,
-        every: int,
-        step: int,
-    ) -> str | None:
-        """Record the pair; or why it is run as it is."""
-        from latentlab.inference.xla import has_jax
-
+    def _obstacle(self, mode: TrainingMode) -> str:
+        """Why the pair is run as it is, where that is known before it is recorded."""
         if self.backend == "eager":
             return "asked for"
         if self.pair.ranks:
@@ -154,35 +165,60 @@ class Engine:
         if self.pair.scored:
             sites = ", ".join(map(repr, self.pair.scored))
             return f"its guide draws {sites} without a reparameterised gradient"
-        if not has_jax():
-            return "JAX is not installed: pip install 'latentlab[xla]'"
         if self.backend == "auto" and self.max_steps < _FEWEST_STEPS:
             return f"a compilation is not worth {self.max_steps} steps"
         if len(mode.moving()) > len(self.pair.parameters()):
             return "it has batch normalisation, whose running means move"
         if self.pair.device != CPU:
             return f"it is on {self.pair.device}, and XLA runs on the CPU here"
-        from latentlab.inference.program import UntraceableError, record
+        return ""
 
+    def _record(
+        self,
+        optimiser: torch.optim.Optimizer,
+        batch: Batches,
+        seed: int,
+        mode: TrainingMode,
+        every: int,
+        step: int,
+    ) -> str:
+        """Record the pair, and go down from rung to rung; why it is not on the first."""
+        from latentlab.inference.program import UntraceableError, record
+        from latentlab.inference.xla import has_jax
+
+        why = ""
+        if self.backend == "traced":
+            why = "asked for"
+        elif not has_jax():
+            why = "JAX is not installed: pip install 'latentlab[xla]'"
         try:
             with mode:
                 program = record(self.pair, self.num_particles, batch(step), step)
-                self._trial = Compiled(self.pair, optimiser, program, batch, 0, every)
-                self._compare(self._trial, batch, step)
-        except (UntraceableError, NotImplementedError) as error:
+        except UntraceableError as error:
             return str(error)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return "memory ran out when it was compiled"
-        self.program = program
-        return None
+        for used in ("xla", "traced"):
+            if used == "xla" and why or used == "traced" and self.backend == "xla":
+                continue
+            try:
+                with mode:
+                    trial = self._by_record(used, program, optimiser, batch, seed, mode, every)
+                    self._compare(trial, batch, step)
+            except (UntraceableError, NotImplementedError) as error:
+                why = f"{why}; {error}" if why else str(error)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                why = "memory ran out when it was compiled"
+            else:
+                self.program, self.used, self._trial = program, used, trial
+                return why
+        return why
 
-    def _compare(self, trial: Compiled, batch: Batches, step: int) -> None:
+    def _compare(self, trial: Compiled | Traced, batch: Batches, step: int) -> None:
         """Compare the record with the pair, unless a journal knows how that ended."""
         from latentlab.inference.program import UntraceableError, verify
 
-        program, steps = trial.steps.program, range(step, step + 3)
+        program, steps = trial.program, range(step, step + 3)
 
         def run() -> Part:
             data = [batch(k) for k in steps]
@@ -193,7 +229,14 @@ class Engine:
             return Part({}, {"why": None})
 
         rows = [batch.rows(k) for k in steps]
-        what = (self.num_particles, step, program.code, rows, standing(self.pair))
+        what = (
+            type(trial).__name__,
+            self.num_particles,
+            step,
+            program.code,
+            rows,
+            standing(self.pair),
+        )
         why = self.pair.journal.remember(self.pair.journal.name("record", *what), run).facts["why"]
         if why is not None:
             raise UntraceableError(why)
@@ -214,8 +257,9 @@ class Engine:
             with mode:
                 self._compare(self._trial, batch, step)
         except UntraceableError as error:
+            how = "XLA" if self.used == "xla" else "its record"
             self.program, self.used = None, "eager"
-            self.why = f"at the end of a climb by XLA {error}"
+            self.why = f"at the end of a climb by {how} {error}"
             return False
         return True
 
@@ -275,25 +319,11 @@ class Eager:
 
     def memory(self) -> dict[str, Tensor]:
         """What the optimiser remembers of the steps so far, by name."""
-        parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
-        found = {
-            f"{k}.{name}": torch.as_tensor(value).clone()
-            for k, parameter in enumerate(parameters)
-            for name, value in self.optimiser.state.get(parameter, {}).items()
-        }
-        if isinstance(self.optimiser, LazyAdam):
-            found["num_steps"] = torch.tensor(self.optimiser.num_steps)
-        return found
+        return memory_of(self.optimiser)
 
     def recall(self, memory: Mapping[str, Tensor]) -> None:
         """Go on from what :meth:`memory` gave."""
-        parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
-        for key, value in memory.items():
-            if key == "num_steps" and isinstance(self.optimiser, LazyAdam):
-                self.optimiser.num_steps = int(value)
-            else:
-                k, name = key.split(".")
-                self.optimiser.state[parameters[int(k)]][name] = value.clone()
+        recall_into(self.optimiser, memory)
 
 
 class Compiled:
@@ -323,6 +353,7 @@ class Compiled:
         from latentlab.inference.xla import Steps
 
         self.pair, self.batch, self.seed, self.every = pair, batch, seed, every
+        self.program = program
         self.gauge = gauge or Gauge.of(pair.dtype)
         numbers = sum(math.prod(noise.shape) for noise in program.noise)
         size = max(1, min(_STEPS, _NUMBERS // max(numbers, 1)))
@@ -383,4 +414,4 @@ class Compiled:
         return self.steps.slope(noise, self.size, self.every, data.rows)
 
 
-Stepper = Eager | Compiled
+Stepper = Eager | Traced | Compiled
