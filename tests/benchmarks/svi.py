@@ -196,12 +196,14 @@ def run():
             "15 turns",
             'XLA: fit\'s steps with backend="xla", 100 in a call, their noise and rows included; '
             "NumPyro: SVI.update in a compiled loop of 100",
-            "eager: fit's steps by torch; Pyro as in its tutorials, its validation on and off",
+            "eager: fit's steps by torch; Pyro as in its tutorials, its validation on and off; "
+            "traced: the record of a pair, run by torch",
             "ratios: median of the turns, and from the least to the largest",
         ],
         [
             "us a step", "XLA", "NumPyro", "times as fast", "asked",
             "eager", "Pyro", "times as fast", "asked", "no validation, times as fast",
+            "traced", "of Pyro, times as fast", "asked",
         ],
         rows,
     )  # fmt: skip
@@ -223,6 +225,7 @@ def row_of(name, case):
         found |= take_turns(
             {
                 "eager": our_steps(case),
+                "traced": our_steps(case, "traced"),
                 "pyro": pyro_steps(case, validates=True),
                 "unchecked": pyro_steps(case, validates=False),
             }
@@ -238,7 +241,8 @@ def row_of(name, case):
     of_pyro = f">= {case.of_pyro}" if case.of_pyro else ""
     fast = [time("xla"), time("numpyro"), ratio("numpyro", "xla"), asked]
     slow = [time("eager"), time("pyro"), ratio("pyro", "eager"), of_pyro]
-    return [name, *fast, *slow, ratio("unchecked", "eager")]
+    traced = [time("traced"), ratio("pyro", "traced"), ">= 2" if "traced" in found else ""]
+    return [name, *fast, *slow, ratio("unchecked", "eager"), *traced]
 
 
 def spread(ratio: Timing) -> str:
