@@ -502,7 +502,7 @@ def test_the_sha256_covers_facts_and_tensors(content, tmp_path):
     assert rewritten(content) == rewritten(content, sealed=True) == content
     changes = (
         {"change_facts": lambda facts: facts.update(converged=not facts["converged"])},
-        {"change_facts": lambda facts: facts["verdict"].update(level="use")},
+        {"change_facts": lambda facts: facts["verdict"].update(level="do not use")},
         {"change_tensors": lambda tensors: tensors["guide.0.offset"].add_(1e-9)},
         {"change_tensors": lambda tensors: tensors.update(more=torch.zeros(1))},
         {"change_tensors": lambda tensors: tensors.pop("losses")},

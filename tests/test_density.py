@@ -157,7 +157,6 @@ def test_the_gap_has_the_error_of_two_samples():
     found = HeldOut(ll.diagnostics.Estimate(-2.0, 0.3), ll.diagnostics.Estimate(-1.5, 0.4), 1.0)
     assert (found.gap.value, found.gap.se) == pytest.approx((0.5, 0.5))
     assert HeldOut.from_spec(found.spec()) == found
-    assert HeldOut.from_spec(None) is None
 
 
 # ---- the flow ----------------------------------------------------------------------------------
@@ -198,9 +197,9 @@ def test_a_tenth_of_the_rows_is_kept_aside_unless_told(fitted):
 
 
 def test_the_fit_ends_before_it_follows_its_rows_too_closely():
-    x, _ = gaussian(80)
+    x, _ = gaussian(40)
     new, _ = gaussian(2_000, seed=3)
-    how = {"lr": 0.01, "max_steps": 1_200, "progress": False}
+    how = {"lr": 0.03, "max_steps": 1_000, "progress": False}
     arguments = {"kind": "nsf", "hidden_dims": (32,), "num_transforms": 1}
     stopped = ll.fit(ll.FlowDensity(2, **arguments), x, held_out=0.25, **how)
     running = ll.fit(ll.FlowDensity(2, **arguments), x, held_out=0.0, **how)

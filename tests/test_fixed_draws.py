@@ -66,7 +66,8 @@ def test_the_elbo_of_a_normal_is_that_of_theory_for_any_draws(guide, seed):
     with pair.entered(seed=0):
         draws = FixedDraws(pair, paired_noise(8, 3, seed))
         found = float(draws.values().mean())
-        q = torch.distributions.MultivariateNormal(pair.guide.free_mean(), pair.guide.covariance())
+        mean, covariance = (x.detach() for x in (pair.guide.free_mean(), pair.guide.covariance()))
+        q = torch.distributions.MultivariateNormal(mean, covariance)
     p = torch.distributions.MultivariateNormal(MEAN, COVARIANCE)
     expected = -torch.distributions.kl_divergence(q, p)
     log_evidence = -0.5 * math.log(2 * math.pi)

@@ -16,7 +16,8 @@ from latentlab.inference import check, objectives
 from latentlab.inference.batches import BatchRows, chosen, follows_rows, take
 from latentlab.inference.check import prepare
 from latentlab.inference.evaluation import evaluate
-from latentlab.inference.networks import _Mean, has_networks, is_judged_by_row
+from latentlab.inference.judge import Mean
+from latentlab.inference.networks import has_networks, is_judged_by_row
 from latentlab.inference.rows import elbo_of_rows, fewer, over_rows
 from latentlab.inference.stages import FitDivergedError
 
@@ -62,7 +63,7 @@ def test_the_average_counts_the_step_t_as_the_product_of_t_and_the_two_after_it(
     taken = torch.randn(num_steps, 2, dtype=torch.float64, generator=torch.manual_seed(seed))
     t = torch.arange(1.0, num_steps + 1, dtype=torch.float64)[:, None]
     shares = t * (t + 1) * (t + 2)
-    mean = _Mean()
+    mean = Mean()
     for weights in taken:
         mean.add([weights])
     expected = (shares * taken).sum(0) / shares.sum()
