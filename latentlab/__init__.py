@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         testing,
     )
     from latentlab.codes import fit_codes
+    from latentlab.inference.appraise import compare
     from latentlab.inference.calibrate import Calibration, calibrate
     from latentlab.inference.chains import Chains
     from latentlab.inference.check import PairReport, check_pair
@@ -55,6 +56,7 @@ _HOMES = {
     "calibrate": "latentlab.inference.calibrate",
     "check_pair": "latentlab.inference.check",
     "check_posterior": "latentlab.inference.identities",
+    "compare": "latentlab.inference.appraise",
     "fit": "latentlab.inference.engine",
     "fit_codes": "latentlab.codes",
     "linear_response": "latentlab.inference.response",
@@ -86,6 +88,7 @@ __all__ = [
     "calibrate",
     "check_pair",
     "check_posterior",
+    "compare",
     "data",
     "diagnostics",
     "distributions",

@@ -40,6 +40,7 @@ from latentlab.guides import Draws, DrawsRows, Flow, FullRank, Guide
 from latentlab.inference import objectives
 from latentlab.inference.evaluation import chunks, particle_chunk
 from latentlab.inference.figures import by_kind
+from latentlab.inference.given import weighted
 from latentlab.protocols import Describes, owner_of
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def gather(posterior: Posterior, num_samples: int | None, seed: int | None) -> E
     num_samples = as_count(num_samples, "num_samples", minimum=25)
     num_figures = sum(math.prod(z.shape) for z in pair.latents)
     keep = not is_point and num_samples * num_figures <= _KEPT
-    draws, log_weights = posterior._weighted(2 if is_point else num_samples, seed, keep)
+    draws, log_weights = weighted(posterior, 2 if is_point else num_samples, seed, keep)
     parts = _own_parts(posterior)
     blocks = () if is_point or parts else _blocks(posterior, log_weights, seed)
     owner = owner_of(pair.model)

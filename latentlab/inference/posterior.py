@@ -20,14 +20,12 @@ from torch import Tensor
 
 from latentlab.data.checks import as_count, as_seed
 from latentlab.diagnostics import Alignment, Estimate, align
-from latentlab.guides import Draws, Guide
-from latentlab.inference import objectives, predictive
+from latentlab.guides import Guide
+from latentlab.inference import predictive
 from latentlab.inference.axes import labels_of
-from latentlab.inference.batches import follows_rows
-from latentlab.inference.evaluation import particle_chunk
+from latentlab.inference.given import density, given, sampled, weighted
 from latentlab.inference.pair import Arguments, Pair, copy_pair
 from latentlab.inference.restarts import Restarts
-from latentlab.inference.rows import density_of_rows
 from latentlab.inference.sandbox import stream
 from latentlab.protocols import Exchangeable, owner_of
 
@@ -37,6 +35,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from latentlab.diagnostics import (
+        DrawComparison,
+        ElboParts,
+        Loo,
+        Ppc,
+        Sandwich,
+        Sensitivity,
+    )
+    from latentlab.inference.chains import Chains
     from latentlab.inference.evidence import Evidence
     from latentlab.inference.held_out import HeldOut
     from latentlab.inference.ladder import Rung
@@ -155,7 +162,7 @@ class Posterior:
         Returns:
             Site -> tensor (S, ...).
         """
-        return self._sample(num_samples, seed, discrete=True)
+        return sampled(self, num_samples, seed)
 
     def log_weights(self, num_samples: int = 1000, seed: int | None = None) -> Tensor:
         """Log importance weights log p(x, z) - log q(z) in nats, shape (S,).
@@ -166,7 +173,7 @@ class Posterior:
             num_samples: number of draws S.
             seed: by default the fit's.
         """
-        return self._weighted(num_samples, seed)[1]
+        return weighted(self, num_samples, seed)[1]
 
     def predict(
         self,
@@ -195,7 +202,7 @@ class Posterior:
         if not self.pair.observed:
             raise ValueError("predict: the model observes nothing; draw its latents with sample()")
         with torch.no_grad(), self._entered("predict", seed):
-            pair, draws = self._given(num_samples, arguments, self._is_own(arguments))
+            pair, draws = given(self, num_samples, arguments)
             return predictive.replicate(pair, draws)
 
     def log_prob(
@@ -224,7 +231,7 @@ class Posterior:
         num_samples = as_count(num_samples, "num_samples", minimum=2)
         arguments = self._arguments(data, "log_prob")
         with torch.no_grad(), self._entered("log_prob", seed):
-            return predictive.mean_density(*self._density(arguments, num_samples))
+            return predictive.mean_density(*density(self, arguments, num_samples))
 
     def summary(self, num_samples: int | None = None, seed: int | None = None) -> pd.DataFrame:
         """Mean, sd and quantiles of every latent of the guide, in the units of the data.
@@ -256,6 +263,86 @@ class Posterior:
         if not frames:
             return frame_of("", [""], torch.zeros(2, 1), None).head(0)
         return pd.concat(frames, ignore_index=True)
+
+    def compare_draws(
+        self, reference: Chains | Mapping[str, Any], num_samples: int = 4000
+    ) -> DrawComparison:
+        """Compare this posterior with draws of a reference, such as those of ``nuts``.
+
+        Arguments:
+            reference: what :func:`latentlab.nuts` returned, or site -> independent draws (S, ...),
+                in the same units; sites that it lacks are left out.
+            num_samples: draws of this posterior.
+
+        Returns:
+            Errors of means and standard deviations with their Monte Carlo errors, and distances
+            of all together; see :func:`latentlab.diagnostics.compare_draws` for how to read them.
+        """
+        from latentlab.inference import appraise
+
+        return appraise.compare_draws(self, reference, as_count(num_samples, "num_samples", 20))
+
+    def loo(self, num_samples: int | None = None, seed: int | None = None) -> Loo:
+        """Score each row as if it had been left out, by importance weights of the draws.
+
+        Arguments:
+            num_samples: draws S; by default 2,000, fewer for very many rows.
+            seed: by default the fit's.
+
+        Returns:
+            Scores with errors, and k-hat of each row; see :func:`latentlab.diagnostics.loo`.
+        """
+        from latentlab.inference import appraise
+
+        return appraise.loo(self, num_samples, seed)
+
+    def ppc(
+        self,
+        statistics: Mapping[str, Callable] | None = None,
+        site: str | None = None,
+        num_samples: int | None = None,
+        seed: int | None = None,
+    ) -> Ppc:
+        """Compare statistics of the data with those of data that the posterior predicts.
+
+        Arguments:
+            statistics: name -> a function of data, and of R replicates at once; by default mean,
+                sd, least and largest, see :func:`latentlab.diagnostics.ppc`.
+            site: which observed site, where there are several.
+            num_samples: replicates R, 400 by default.
+            seed: by default the fit's.
+        """
+        from latentlab.inference import appraise
+
+        return appraise.ppc(self, statistics, site, num_samples, seed)
+
+    def sandwich(self, num_samples: int = 10_000, seed: int | None = None) -> Sandwich:
+        """The log evidence between its lower and upper bounds, from S draws.
+
+        See :func:`latentlab.diagnostics.sandwich` for how to read it.
+        """
+        from latentlab.inference import appraise
+
+        return appraise.sandwich(self, as_count(num_samples, "num_samples", 100), seed)
+
+    def sensitivity(self, num_samples: int = 4000, seed: int | None = None) -> Sensitivity:
+        """How much the latents shared by all rows hang on their prior and on the data.
+
+        See :func:`latentlab.diagnostics.sensitivity` for how to read it.
+        """
+        from latentlab.inference import appraise
+
+        return appraise.sensitivity(self, as_count(num_samples, "num_samples", 100), seed)
+
+    def elbo_parts(self, num_samples: int = 1000, seed: int | None = None) -> ElboParts:
+        """The ELBO by site: what each observed site adds, and what each latent costs.
+
+        See :func:`latentlab.diagnostics.elbo_parts` for how to read it. The KL of a latent is that
+        given the latents before it; of a guide that cannot tell them apart, that of all together.
+        """
+        from latentlab.inference import appraise
+
+        return appraise.elbo_parts(self, as_count(num_samples, "num_samples", 2), seed)
 
     def check(self, num_samples: int | None = None, seed: int | None = None) -> Verdict:
         """The verdict: whether to use this posterior, why, and what to try next.
@@ -344,25 +431,6 @@ class Posterior:
             nodes = poutine.trace(self.model).get_trace(*data.args, **data.kwargs).nodes
         return {name: torch.as_tensor(nodes[name]["value"]) for name in self.pair.observed}
 
-    def _weighted(
-        self, num_samples: int, seed: int | None, keep: bool = False
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Draws of the guide's latents, site -> (S, ...), if kept; their log weights (S,)."""
-        self._need_data("log_weights")
-        num_samples = as_count(num_samples, "num_samples")
-        chunk = particle_chunk(self.pair, num_samples, summed=True)
-        shapes = {z.name: z.shape for z in self.pair.latents if keep}
-        values: dict[str, list[Tensor]] = {name: [] for name in shapes}
-        weights = []
-        with torch.no_grad(), self._entered("log_weights", seed):
-            for start in range(0, num_samples, chunk):
-                draws = objectives.draw(self.pair, min(chunk, num_samples - start))
-                weights.append(objectives.log_joint(self.pair, draws) - draws.log_q)
-                for name, parts in values.items():
-                    parts.append(draws.values[name])
-        kept = {k: torch.cat(v).reshape(num_samples, *shapes[k]) for k, v in values.items()}
-        return kept, torch.cat(weights)
-
     def _need_data(self, what: str) -> None:
         if not self.has_data:
             raise ValueError(
@@ -374,60 +442,12 @@ class Posterior:
         chosen = self.seed if seed is None else as_seed(seed)
         return self.pair.entered(stream(chosen, purpose))
 
-    def _sample(self, num_samples: int, seed: int | None, discrete: bool) -> dict[str, Tensor]:
-        """Draws of the continuous latents, and of the discrete ones if asked for."""
-        num_samples = as_count(num_samples, "num_samples")
-        if self.reads_data:
-            self._need_data("latents")
-        names = [z.name for z in self.pair.latents]
-        with torch.no_grad(), self._entered("sample", seed):
-            draws = objectives.draw(self.pair, num_samples)
-            values = dict(draws.values)
-            if discrete and self.pair.summed_out:
-                self._need_data("discrete latents")
-                values |= predictive.draw_labels(self.pair, draws)
-                names += self.pair.summed_out
-        shapes = self.pair.shapes
-        return {name: values[name].reshape(num_samples, *shapes[name]).clone() for name in names}
-
     def _arguments(self, data: tuple, what: str) -> Arguments:
         if not data:
             self._need_data(what)
             return self.pair.data
         check = what == "log_prob"  # of data to predict the observed values do not count
         return predictive.as_fitted(data[0] if len(data) == 1 else data, self.pair, check=check)
-
-    def _is_own(self, arguments: Arguments) -> bool:
-        """Whether these are the data that were fitted."""
-        from latentlab.inference.checkpoint import fingerprint
-
-        return arguments is self.pair.data or fingerprint(arguments) == self.fitted_to
-
-    def _given(self, num_samples: int, arguments: Arguments, own: bool) -> tuple[Pair, Draws]:
-        """The pair at some data, and draws of the latents that these share with the fit."""
-        pair = replace(self.pair, data=arguments) if own else self.pair
-        if self.reads_data and not own:  # draws given placeholders: none of them may be kept
-            names = [z.name for z in pair.latents]
-            if not all(predictive.is_local(pair, name, self._plate) for name in names):
-                self._need_data("latents")
-        draws = objectives.draw(pair, num_samples)
-        local = (z for z in pair.summed_out if predictive.is_local(pair, z, self._plate))
-        anew = () if own else tuple(local)
-        if len(anew) < len(pair.summed_out):
-            if not own:
-                self._need_data("discrete latents")
-            fitted = replace(pair, data=arguments) if own else pair
-            labels = predictive.draw_labels(fitted, draws)
-            draws = replace(draws, values=draws.values | labels)
-        pair = replace(pair, data=arguments, summed_out=anew)
-        return pair, draws if own else predictive.shared(pair, draws, self._plate)
-
-    def _density(self, arguments: Arguments, num_samples: int) -> tuple[Tensor, Tensor | None]:
-        """Log-density of each datum at each draw, see ``predictive.log_density``; call entered."""
-        if self.pair.latents and follows_rows(self.pair):
-            return density_of_rows(self.pair, arguments, num_samples), None
-        pair, draws = self._given(num_samples, arguments, own=False)
-        return predictive.log_density(pair, draws, self._plate)
 
     def _evidence(self, num_samples: int | None = None, seed: int | None = None) -> Evidence:
         """What the verdict rests on: measured once, and anew when a number has changed."""
@@ -461,7 +481,7 @@ class Posterior:
         self, num_samples: int, seed: int | None = None, discrete: bool = False
     ) -> Alignment:
         """Draws with component j the same in each of them."""
-        draws = self._sample(num_samples, seed, discrete)
+        draws = sampled(self, num_samples, seed, discrete)
         if not self._axes:
             same = torch.zeros(num_samples, 0, dtype=torch.long)
             return Alignment(draws, same, Estimate(0.0, 0.0))

@@ -38,6 +38,7 @@ from latentlab.inference import predictive
 from latentlab.inference.arguments import as_arguments
 from latentlab.inference.check import prepare
 from latentlab.inference.engine import fit
+from latentlab.inference.given import density
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.posterior import Posterior
 from latentlab.inference.sandbox import stream
@@ -396,7 +397,7 @@ def _log_density(posterior: Posterior, data: Arguments, num_samples: int) -> tup
     num_data = max((len(t) for t in data.tensors() if t.dim()), default=1)
     num_samples = max(2, min(num_samples, _ELEMENTS // num_data)) if num_samples > 1 else 1
     with torch.no_grad(), posterior._entered("select", None):
-        found, counts = posterior._density(data, num_samples)
+        found, counts = density(posterior, data, num_samples)
         once = torch.ones(found.shape[1], dtype=torch.float64, device=found.device)
         return found.double(), once if counts is None else counts
 
