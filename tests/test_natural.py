@@ -309,3 +309,37 @@ class TestStarts:
         posterior = ll.fit(TwoModes(), torch.ones(50, dtype=F64), progress=False)
         again = ll.load(posterior.save(tmp_path), TwoModes())
         assert again.restarts == posterior.restarts
+
+
+def test_steps_are_no_more_than_asked_for(x):
+    rows = torch.stack([x, x + 1, x - 3], -1)
+    for most in (1, 3, 7):
+        model = ll.GaussianMixture(3, 2, covariance="full", prior="flat")
+        assert len(ll.fit(model, rows, max_steps=most, progress=False).losses) <= most + 1
+
+
+def test_starts_that_never_ran_are_not_said_to_have_diverged(x, monkeypatch):
+    from latentlab.inference import natural
+
+    expect, calls = natural.NaturalClimb._expect, []
+
+    def pressed(climb, *rest):
+        calls.append(climb)
+        if len(calls) > 8:
+            raise KeyboardInterrupt
+        return expect(climb, *rest)
+
+    monkeypatch.setattr(natural.NaturalClimb, "_expect", pressed)
+    model = ll.GaussianMixture(1, 2, prior="flat")
+    posterior = ll.fit(model, x[:, None], progress=False)
+    assert posterior.stop_reason == "interrupted"
+    assert "diverged" not in str(posterior.restarts)
+
+
+def test_memory_that_ends_names_the_way_out(x):
+    class Huge(Mean):
+        def statistics(self, x, size=None):
+            raise RuntimeError("can't allocate memory")
+
+    with pytest.raises(MemoryError, match="give batch_size= for some rows a step"):
+        fitted(Huge(), x)

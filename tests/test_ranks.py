@@ -272,6 +272,16 @@ def test_a_fit_of_two_processes_answers_as_one(two):
     assert ((batches[:, 0] - means) / sds).abs().max() < 0.5
 
 
+def test_updates_in_closed_form_are_those_of_all_rows(two):
+    """Each process has the statistics of its rows: their mean is that of all."""
+    first, second = two[0]
+    assert torch.equal(first["natural"], second["natural"])
+    x = torch.stack([X, X + 4]).reshape(-1, 1)
+    alone = ll.fit(ll.GaussianMixture(1, 2, prior="flat"), x, max_steps=400, progress=False)
+    assert alone.method == "natural"
+    assert first["natural.elbo"].item() == pytest.approx(alone.elbo.value, abs=0.01)
+
+
 def test_the_first_process_writes_the_files(two):
     folder = two[1]
     assert (folder / "of_0" / "model.safetensors").exists()

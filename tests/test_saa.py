@@ -238,6 +238,44 @@ def test_an_elbo_that_is_not_finite_is_left_to_stages(monkeypatch):
     assert len(posterior.losses) > 100
 
 
+@pytest.mark.parametrize("first", [1, 20])
+def test_where_memory_ends_stages_go_on(monkeypatch, first):
+    slope, calls = saa._slope, []
+
+    def short(draws):
+        calls.append(draws)
+        if len(calls) >= first:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return slope(draws)
+
+    monkeypatch.setattr(saa, "_slope", short)
+    posterior = ll.fit(skewed, ZERO, "mean_field", tol=0.001, max_steps=1500, **QUICK)
+    assert posterior.method == "stages"
+    assert any("memory ran out with" in note for note in posterior.notes)
+
+
+def test_other_errors_are_raised_as_they_are(monkeypatch):
+    def broken(draws):
+        raise RuntimeError("a fault of the model")
+
+    monkeypatch.setattr(saa, "_slope", broken)
+    with pytest.raises(RuntimeError, match="a fault of the model"):
+        ll.fit(skewed, ZERO, "mean_field", **QUICK)
+
+
+def test_what_was_asked_for_is_not_passed_over():
+    for model, guide in (
+        (ll.GaussianMixture(1, 1, prior="flat"), "auto"),
+        (ll.GaussianMixture(1, 1, prior="conjugate"), "auto"),
+        (skewed, "flow"),
+    ):
+        data = torch.randn(30, 1).double() if guide == "auto" else ZERO
+        with pytest.raises(ValueError, match="saa"):
+            ll.fit(model, data, guide, method="saa", **QUICK)
+    with pytest.raises(ValueError, match="it has no rate; leave lr out"):
+        ll.fit(skewed, ZERO, "mean_field", method="saa", lr=0.1, **QUICK)
+
+
 def test_evaluations_that_run_out_are_said():
     posterior = ll.fit(skewed, ZERO, "mean_field", max_steps=3, **QUICK)
     assert not posterior.converged

@@ -75,6 +75,10 @@ def main(folder):
             f"{name}.moments": torch.stack(moments),
             f"{name}.losses": fitted.losses,
         }
+    mixture = ll.GaussianMixture(1, 2, prior="flat")
+    natural = ll.fit(mixture, torch.stack([X, X + 4]).reshape(-1, 1), max_steps=400)
+    found["natural"] = torch.cat([p.flatten() for p in natural.params.values()])
+    found["natural.elbo"] = torch.tensor(natural.elbo.value)
     posterior.save(folder / f"of_{rank}")
     found["rows"] = torch.tensor(len(posterior.pair.data.tensors()[0]))
     torch.save(found | {"backend": posterior.backend}, folder / f"found_{rank}.pt")

@@ -22,7 +22,7 @@ from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.ranks import ALONE
 from latentlab.inference.restarts import Place, Restarts, distances
 from latentlab.inference.rows import looked_at
-from latentlab.inference.saa import SaaClimb, expect_suits, is_for
+from latentlab.inference.saa import SaaClimb, is_for
 from latentlab.inference.sandbox import stream
 from latentlab.inference.settings import RATE, Settings
 from latentlab.inference.shards import Shard
@@ -65,7 +65,6 @@ class Climbs:
             natural, race = climb_naturally(pair, updates, settings, batch_size, self.tick, leave)
             agreement = _agreement(pair, race.bounds(), race.places())
             return natural, replace(agreement, given_up=race.given_up, num_rows=race.num_rows)
-        expect_suits(pair, settings, batch_size)
         num_restarts, num_particles = _affordable(pair, settings, batch_size)
         lr, tol, max_steps = _first_rate(pair, settings), settings.tol, settings.max_steps
         networks, finds_rate = has_networks(pair), settings.lr is None

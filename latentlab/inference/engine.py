@@ -33,6 +33,7 @@ from latentlab.inference.posterior import Posterior
 from latentlab.inference.progress import progress_bar
 from latentlab.inference.ranks import ALONE, Ranks, joined
 from latentlab.inference.rows import DRAWS_OF_ROWS, elbo_of_rows
+from latentlab.inference.saa import expect_suits
 from latentlab.inference.sandbox import manual_seed, stream
 from latentlab.inference.settings import Settings, bound_of
 from latentlab.inference.shards import share_out
@@ -189,6 +190,7 @@ def _fit(
     held = None if held is None else held.map(lambda tensor: tensor.to(pair.device))
     batch_size = aligned_batch_size(pair, settings.batch_size)
     pair.bound = bound_of(pair, settings.objective)
+    expect_suits(pair, settings, batch_size)
     share_out(pair, ranks, settings.batch_size)
     if journal.folder is not None:
         journal.begin(manifest(pair, held, (model, guide), settings, held_out))

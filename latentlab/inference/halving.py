@@ -62,8 +62,8 @@ def natural_updates(pair: Pair, settings: Settings) -> Updates | None:
     if found is None:
         name = type(guide).__name__ if isinstance(guide, Guide) else "this guide"
         why = f"the model offers no conjugate updates of {name}"
-    elif settings.method == "stages":
-        why = 'method is "stages", which follows gradients; leave it at "auto"'
+    elif settings.method in ("stages", "saa"):
+        why = f'method is "{settings.method}", which follows gradients; leave it at "auto"'
     elif settings.backend in ("traced", "xla"):
         why = 'no compiled step is taken by it; leave backend at "auto"'
     elif not isinstance(settings.objective, ELBO):
@@ -131,6 +131,7 @@ class _Runner:
     state: State
     bound: float = -math.inf
     draws: Draws | None = None
+    has_run: bool = False
 
 
 @dataclass
@@ -188,6 +189,7 @@ class Race:
                 runner.bound = elbo.value
             except FitDivergedError as diverged:
                 runner.bound, runner.draws, self.error = -math.inf, None, diverged
+            runner.has_run = True
             runner.state = climb.state()
         self.runners.sort(key=lambda runner: -runner.bound)
         if self.error is not None and self.runners[0].bound == -math.inf:
@@ -200,14 +202,18 @@ class Race:
         first.climb.restore(first.state)
         return first.climb
 
+    def _known(self) -> list[_Runner]:
+        """Those that have run: Ctrl-C may come before all have."""
+        return [runner for runner in self.runners if runner.has_run]
+
     def bounds(self) -> list[Estimate]:
-        """Of those that are left."""
-        return [Estimate(runner.bound, 0.0) for runner in self.runners]
+        """Of those that are left and have run."""
+        return [Estimate(runner.bound, 0.0) for runner in self._known()]
 
     def places(self) -> list[Place]:
         """Of those that are left; of one that diverged none is known."""
         latents = self.runners[0].climb.pair.latents
-        known = [r.draws.values if r.draws is not None else {} for r in self.runners]
+        known = [r.draws.values if r.draws is not None else {} for r in self._known()]
         return [Place.of({z.name: v[z.name] for z in latents if v}) for v in known]
 
 

@@ -48,6 +48,7 @@ from latentlab.inference import objectives
 from latentlab.inference.anderson import Anderson
 from latentlab.inference.batches import Batches, num_rows, take
 from latentlab.inference.evaluation import first_bad_site
+from latentlab.inference.guards import is_out_of_memory
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.sandbox import manual_seed, stream
 from latentlab.inference.stages import FitDivergedError, State
@@ -135,6 +136,7 @@ class NaturalClimb:
         if parts is not None:
             self._epochs(parts)
         self._rise(self.pair.data, self.lr or 1.0 if parts is None else 1.0, self.max_steps, parts)
+        self.pair.ranks.align(self._moving())
 
     def draws(self) -> Draws:
         """Draws of the guide as it is."""
@@ -163,6 +165,9 @@ class NaturalClimb:
 
     def _rise(self, data: Arguments, rate: float, most: int, parts: list[Tensor] | None) -> None:
         """Steps with all rows until next to nothing is left to gain."""
+        if self.losses and self.num_steps >= most:
+            self.stop_reason = f"max_steps: {self.num_steps} steps"
+            return
         self.stage_starts.append(self.num_steps)
         gains: list[float] = []
         memory, plain = Anderson(), None
@@ -252,6 +257,9 @@ class NaturalClimb:
         self, data: Arguments, parts: list[Tensor] | None = None
     ) -> tuple[dict[str, Tensor], float]:
         """Expected statistics of all rows, at once or a part after the other, and the bound."""
+        part = self.pair.ranks.part
+        if parts is None and part is not None and data is self.pair.data:
+            return self._expect_together(part)
         if parts is None:
             return self._expect_at_once(data)
         total, bound = num_rows(data) or 1, 0.0
@@ -263,12 +271,31 @@ class NaturalClimb:
             mean = {k: share * s + mean.get(k, 0.0) for k, s in found.items()}
         return mean, bound
 
+    def _expect_together(self, part: Arguments) -> tuple[dict[str, Tensor], float]:
+        """Statistics of the rows of several processes: the mean of theirs, each for all rows."""
+        ranks, lost = self.pair.ranks, None
+        try:
+            found, bound = self._expect_at_once(part)
+        except FitDivergedError as error:  # all have to know
+            found, bound, lost = {}, math.nan, error
+        if math.isnan(float(ranks.mean(torch.tensor(bound, dtype=torch.float64)))):
+            raise lost or self._diverged(f"the bound of another process is nan; {_NOT_SHORTER}")
+        bound = float(ranks.mean(torch.tensor(bound, dtype=torch.float64)))
+        return {name: ranks.mean(value) for name, value in found.items()}, bound
+
     def _expect_at_once(self, data: Arguments) -> tuple[dict[str, Tensor], float]:
         try:
             with torch.no_grad():
                 statistics, bound = self.updates.statistics(*data.args, **data.kwargs)
         except SINGULAR as error:
             raise self._diverged(str(error)) from error
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise MemoryError(
+                "expected statistics of so many rows do not fit in memory "
+                f"({(str(error).splitlines() or [''])[0]}); give batch_size= for some rows a step"
+            ) from error
         value, self._dtype = float(bound), bound.dtype
         if not math.isfinite(value):
             raise self._diverged(f"the bound is {value}; {_NOT_SHORTER}")

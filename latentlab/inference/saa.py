@@ -43,6 +43,7 @@ from latentlab.inference.fixed_draws import (
     conjugate_gradients,
     paired_noise,
 )
+from latentlab.inference.guards import is_out_of_memory
 from latentlab.inference.pair import Pair
 from latentlab.inference.response import curved_draws
 from latentlab.inference.sandbox import manual_seed, stream
@@ -96,6 +97,8 @@ def expect_suits(pair: Pair, settings: Settings, batch_size: int | None) -> None
         ValueError: with the reason.
     """
     why = _obstacle(pair, batch_size)
+    if settings.lr is not None:
+        why = why or "it has no rate; leave lr out"
     if settings.backend in ("traced", "xla"):
         why = why or 'torch alone takes its steps; take backend="auto"'
     if settings.method == "saa" and why:
@@ -212,14 +215,31 @@ class SaaClimb:
         Returns:
             Draws of the guide then, and the ELBO reached.
         """
-        if not self._ascend(self._fixed(self._size), _ROUGH, num_steps):
-            return self._by_stages().warm_up(num_steps, rate)
-        return self._record()
+        try:
+            if self._ascend(self._fixed(self._size), _ROUGH, num_steps):
+                return self._record()
+        except (MemoryError, RuntimeError) as error:
+            self._note_memory(error)
+        return self._by_stages().warm_up(num_steps, rate)
 
     def until_converged(self) -> None:
         """Ascend with more and more draws until they are enough."""
         if self._fallen_back is not None:
             return self._go_by_stages("")
+        try:
+            return self._until_enough()
+        except (MemoryError, RuntimeError) as error:
+            return self._go_by_stages(self._note_memory(error))
+
+    def _note_memory(self, error: BaseException) -> str:
+        """That memory ran out, for the stop reason and the notes; other errors are raised."""
+        if not is_out_of_memory(error):
+            raise error
+        why = f"memory ran out with {self._size} fixed draws"
+        self.engine.notes.append(f"{why}: went on by stages")
+        return why
+
+    def _until_enough(self) -> None:
         while True:
             if self.num_steps >= self.max_steps:
                 self.stop_reason = f"max_steps: {self.num_steps} evaluations did not do"
@@ -368,6 +388,7 @@ class SaaClimb:
         climb = self.stages()
         climb.losses, climb.stage_starts = self.losses, self.stage_starts
         climb.stage_elbos, self.method = self.stage_elbos, climb.method
+        climb.engine.notes += self.engine.notes
         self.engine, self._fallen_back = climb.engine, climb
         return climb
 

@@ -170,7 +170,7 @@ class Engine:
         if len(mode.moving()) > len(self.pair.parameters()):
             return "it has batch normalisation, whose running means move"
         if self.pair.device != CPU:
-            return f"it is on {self.pair.device}, and XLA runs on the CPU here"
+            return f"it is on {self.pair.device}, where the pair itself takes the steps"
         return ""
 
     def _record(
