@@ -87,3 +87,33 @@ def test_arrays_posteriors_and_chains_are_taken():
 def test_draws_that_do_not_fit_are_refused(draws, message):
     with pytest.raises(ValueError, match=message):
         ll.check_posterior(model, X, draws)
+
+
+def fitted_scale(x):
+    scale = pyro.param("scale", torch.tensor(1.0).double(), constraint=dist.constraints.positive)
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with ll.rows(x):
+        pyro.sample("x", dist.Normal(loc, scale), obs=x)
+
+
+def test_parameters_are_those_that_were_fitted():
+    x = 5 * torch.randn(50, generator=torch.Generator().manual_seed(1)).double()
+    posterior = ll.fit(fitted_scale, x, "mean_field", progress=False, num_restarts=1)
+    assert posterior.params["scale"] > 3
+    assert ll.check_posterior(fitted_scale, x, posterior).p_value > 1e-4
+    with pytest.raises(ValueError, match="its parameter 'scale' is fitted"):
+        ll.check_posterior(fitted_scale, x, {"loc": torch.randn(200)})
+
+
+def test_a_density_that_is_nowhere_finite_is_no_target():
+    def impossible(x):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        pyro.factor("never", torch.tensor(-math.inf) + 0 * loc)
+
+    with pytest.raises(ValueError, match="not finite|never"):
+        ll.check_posterior(impossible, X, {"loc": torch.randn(200)})
+
+
+def test_inference_mode_does_no_harm():
+    with torch.inference_mode():
+        assert ll.check_posterior(model, X, exact(400, 2)).p_value > 1e-6

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,11 +83,15 @@ def trace_density(pair: Pair, guide: Guide, points: Tensor) -> TracedDensity:
     program = record_function(run, points[0])
     graph = read(program)
 
-    def function(u: object, *constants: object) -> object:
-        return graph(u, *constants)[0]
+    single = points.dtype == torch.float32
+
+    def function(u: Any, *constants: object) -> object:
+        # A sampler walks in double precision, whatever the model reckons in.
+        value = graph(u.astype("float32") if single else u, *constants)[0]
+        return value.astype(u.dtype)
 
     compared, slope_of = 0, jax.jit(jax.value_and_grad(function))
-    with jax.enable_x64(points.dtype == torch.float64):
+    with jax.enable_x64(True):
         constants = to_jax(program.constants)
         for point in points:
             at = point.detach().clone().requires_grad_()

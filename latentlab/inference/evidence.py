@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,6 +41,7 @@ from latentlab.inference import objectives
 from latentlab.inference.evaluation import chunks, particle_chunk
 from latentlab.inference.figures import by_kind
 from latentlab.inference.given import weighted
+from latentlab.inference.unseen import unseen_values
 from latentlab.protocols import Describes, owner_of
 
 if TYPE_CHECKING:
@@ -135,6 +136,7 @@ class Evidence:
     is_amortised: bool = False
     held_out: HeldOut | None = None
     ladder: tuple[str, ...] = ()
+    unseen: Mapping[str, float] = field(default_factory=dict)
 
     def as_text(self) -> dict[str, str]:
         """Name -> figure with its error."""
@@ -148,6 +150,8 @@ class Evidence:
             text |= self.held_out.as_text()
         text |= {"ELBO": f"{self.elbo} nats", "starts": str(self.restarts)}
         text |= {f"KL to prior, {site}": f"{kl} nats" for site, kl in self.kl.items()}
+        for site, odds in self.unseen.items():
+            text[f"never drawn, {site}"] = f"log odds {odds:.1f} at most"
         if self.switched is not None:
             text["draws with switched labels"] = str(self.switched)
         return text
@@ -198,7 +202,15 @@ def gather(posterior: Posterior, num_samples: int | None, seed: int | None) -> E
         kl={} if is_point else _kl_to_prior(posterior, seed),
         switched=aligned.switched if aligned is not None and posterior._axes else None,
         remarks=(*parts, *own),
+        unseen=_unseen(posterior, seed),
     )
+
+
+def _unseen(posterior: Posterior, seed: int | None) -> dict[str, float]:
+    if not any(latent.is_discrete for latent in posterior.pair.latents):
+        return {}
+    with posterior._entered("unseen", seed):
+        return unseen_values(posterior.pair)
 
 
 def _own_parts(posterior: Posterior) -> tuple[str, ...]:

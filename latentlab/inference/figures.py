@@ -20,7 +20,7 @@ from torch.distributions import constraints
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["by_kind", "frame_of"]
+__all__ = ["by_kind", "frame_of", "kinds_of"]
 
 _MOST_VALUES = 20  # of a discrete site, for each to have a line
 
@@ -55,14 +55,14 @@ def by_kind(labels: Sequence[str], draws: Tensor, support: Any) -> tuple[list[st
                 [0., 1.],
                 [0., 1.]], dtype=torch.float64))
     """
-    kinds, flat = _kinds(support), draws.reshape(len(draws), -1)
+    kinds, flat = kinds_of(support), draws.reshape(len(draws), -1)
     if kinds is None:
         return [*labels], flat if flat.is_floating_point() else flat.double()
     taken = torch.stack([flat == kind for kind in kinds], -1).flatten(1).double()
     return [f"{label} = {kind}".strip() for label in labels for kind in kinds], taken
 
 
-def _kinds(support: Any) -> range | None:  # noqa: ANN401
+def kinds_of(support: Any) -> range | None:  # noqa: ANN401
     """The values of a site that are kinds, if they are few."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint

@@ -72,10 +72,20 @@ def check_posterior(
         >>> ll.check_posterior(model, torch.tensor(1.0), {"loc": 0.5 + 0.5 * z}).ok
         False
     """
+    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
+        return _check(model, data, draws)
+
+
+def _check(
+    model: Callable,
+    data: Any,  # noqa: ANN401
+    draws: Posterior | Chains | Mapping[str, Any],
+) -> Stein:
     pair, report = prepare(model, data, MeanField())
     if not report.ok:
         fatal = [str(fault) for fault in report.faults if fault.fatal]
         raise ValueError("the model cannot be scored: " + "; ".join(fatal))
+    _learn(pair, draws)
     if isinstance(draws, Posterior):
         draws = draws.sample(_DRAWS)
     chains = isinstance(draws, Chains)
@@ -84,6 +94,23 @@ def check_posterior(
     points, slopes = _scores(pair, {k: v.flatten(0, 1) for k, v in values.items()})
     shape = (num_chains, num_samples, -1) if chains else (num_samples, -1)
     return stein(points.reshape(shape), slopes.reshape(shape), names=_names(pair))
+
+
+def _learn(pair: Pair, draws: object) -> None:
+    """Parameters of the model, which are those that a posterior was fitted with, in place."""
+    learned = [name for name, value in pair.store["params"].items() if value.requires_grad]
+    if not learned:
+        return
+    fitted = draws.pair.store["params"] if isinstance(draws, Posterior) else {}
+    absent = [name for name in learned if name not in fitted]
+    if absent:
+        raise ValueError(
+            f"model: its parameter {absent[0]!r} is fitted, and draws alone do not say where it "
+            "is; give it a prior (pyro.sample), or hand in the posterior"
+        )
+    with torch.no_grad():
+        for name in learned:
+            pair.store["params"][name].copy_(fitted[name])
 
 
 def _checked(pair: Pair, draws: Mapping[str, Any], chains: bool) -> dict[str, Tensor]:
@@ -127,7 +154,13 @@ def _scores(pair: Pair, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         slopes = []
         for part in points.split(size):
             at = part.clone().requires_grad_()
-            slopes += torch.autograd.grad(log_density(pair, guide, at).sum(), at)
+            density = log_density(pair, guide, at)
+            if not density.isfinite().all():
+                raise ValueError(
+                    "draws: the log-density of some is not finite, so that they cannot be draws "
+                    "of this posterior; look at the factors and the supports of the model"
+                )
+            slopes += torch.autograd.grad(density.sum(), at)
     return points, torch.cat(slopes)
 
 

@@ -62,6 +62,7 @@ _DECAY = 0.6  # power by which the steps of mini-batches get shorter
 _FIRST = 0.6  # length of the first of them
 _PLAIN = 3  # gains of plain steps, before leaps are taken
 _ROUNDING = 64.0  # units in the last place of a bound that a sum over rows may be off by
+_CANCELLED = 4096.0  # in double precision, where a component of one row has large terms
 _DRAWS = 256  # that tell where a start ended
 _NOT_SHORTER = "a conjugate update has no shorter step"
 
@@ -251,7 +252,8 @@ class NaturalClimb:
 
     @staticmethod
     def _rounding(bound: float, dtype: torch.dtype) -> float:
-        return _ROUNDING * torch.finfo(dtype).eps * max(1.0, abs(bound))
+        eps = max(_ROUNDING * torch.finfo(dtype).eps, _CANCELLED * torch.finfo(torch.float64).eps)
+        return eps * max(1.0, abs(bound))
 
     def _expect(
         self, data: Arguments, parts: list[Tensor] | None = None

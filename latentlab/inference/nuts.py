@@ -83,8 +83,8 @@ def nuts(
     r"""Draw from the posterior of a model by the no-U-turn sampler.
 
     The reference to hold a fit against: ``posterior.compare_draws(ll.nuts(model, data))``.
-    Discrete latents that the model marks for enumeration are summed out. Numbers have the
-    precision of the data: give large data in double precision, since the sampler looks at
+    Discrete latents that the model marks for enumeration are summed out. The model reckons in
+    the precision of the data: give large data in double precision, since the sampler looks at
     differences of the log density.
 
     Arguments:
@@ -218,16 +218,14 @@ def _by_blackjax(density: TracedDensity, points: Tensor, plan: _Plan, seed: int)
 
     from latentlab.inference.xla import to_jax
 
-    double = points.dtype == torch.float64
-
     def run(chain: int) -> _Draws:
         # JAX's precision is a setting of each thread.
-        with jax.enable_x64(double):
+        with jax.enable_x64(True):
             key = jax.random.PRNGKey(stream(seed, "chain", chain) % 2**32)
-            start = to_jax([points[chain]])
+            start = to_jax([points[chain].double()])
             out = jax.block_until_ready(chain_of(key, *start, *to_jax(density.program.constants)))
             path, *told = (torch.tensor(array.__array__().copy()) for array in out)
-            return _Draws(path, dict(zip(_TOLD, told, strict=True)))
+            return _Draws(path.to(points), dict(zip(_TOLD, told, strict=True)))
 
     chain_of = _compiled(density, plan)
     first = run(0)  # compiles

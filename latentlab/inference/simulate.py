@@ -69,6 +69,8 @@ def simulate(
     """
     manual_seed(seed)
     places = _places(pair)
+    if not places:
+        raise ValueError("model: it observes nothing (pyro.sample(..., obs=)) to be simulated")
     with torch.no_grad():
         truth = _from_prior(pair, num_simulations) if latents is None else dict(latents)
         batches = {

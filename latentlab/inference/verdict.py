@@ -16,6 +16,8 @@ ELBO               measured again: far from what the fit recorded, parameters or
 starts             the best optimum found once only, or another as good elsewhere (care)
 KL to the prior    of each site: near zero, the data say nothing about it (care)
 label switching    draws that mix labels blur every figure about single components (care)
+never drawn        values of discrete latents that the guide leaves out: with odds above 0.05
+                   (care), above 1 (do not use)
 =================  ================================================================================
 
 The level is the worst that any piece asks for. What it cannot see: a mode that no start found, and
@@ -46,6 +48,7 @@ _GAPS = 0.1, 1.0  # of the log-densities of rows kept aside, in their sd from ro
 _FACTORS = 1.18, 2.0  # errors of a standard deviation, up or down
 _UNUSED_NATS = 0.01  # KL to the prior below which a site has learnt nothing
 _SWITCHED = 0.01  # share of draws with swapped labels
+_LEFT_OUT = 0.05  # odds of a value that no draw has
 
 
 @dataclass(frozen=True)
@@ -263,9 +266,28 @@ def _labels(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
+def _never_drawn(evidence: Evidence) -> Iterator[Finding]:
+    """Weights tell nothing of values that no draw has."""
+    for site, odds in evidence.unseen.items():
+        if odds > math.log(_LEFT_OUT):
+            level = "do not use" if odds > 0 else "use with care"
+            what = (
+                "more probable than" if odds > 0 else f"{math.exp(odds):.2g} times as probable as"
+            )
+            yield Finding(
+                level,
+                f"site {site!r} has a value that the guide never draws, {what} those that it does "
+                f"(log odds {odds:.1f})",
+                f"sum {site!r} out (infer={{'enumerate': 'parallel'}}, and leave it out of the "
+                "guide), or begin from other values",
+            )
+
+
 def _remarks(evidence: Evidence) -> Iterator[Finding]:
     for remark in evidence.remarks:
         yield Finding("use with care", remark)
 
 
-_RULES = (_stop, _khat, _held_out, _moments, _elbo, _starts, _unused, _labels, _remarks)
+_RULES = (
+    *(_stop, _khat, _held_out, _moments, _elbo, _starts, _unused, _labels, _never_drawn, _remarks),
+)

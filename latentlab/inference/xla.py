@@ -19,10 +19,12 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -39,8 +41,16 @@ Array = Any
 
 @functools.cache
 def has_jax() -> bool:
-    """Whether JAX is installed."""
-    return importlib.util.find_spec("jax") is not None
+    """Whether JAX is installed; it is imported then, which draws from Python's own generators."""
+    if importlib.util.find_spec("jax") is None:
+        return False
+    kept = random.getstate(), np.random.get_state()
+    try:
+        importlib.import_module("jax")
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
+    return True
 
 
 def read(program: Program) -> Callable:
