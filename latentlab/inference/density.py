@@ -85,7 +85,7 @@ def trace_density(pair: Pair, guide: Guide, points: Tensor) -> TracedDensity:
 
     single = points.dtype == torch.float32
 
-    def function(u: Any, *constants: object) -> object:
+    def function(u: Any, *constants: object) -> object:  # noqa: ANN401
         # A sampler walks in double precision, whatever the model reckons in.
         value = graph(u.astype("float32") if single else u, *constants)[0]
         return value.astype(u.dtype)
