@@ -96,14 +96,17 @@ def fit(
             accept ``size``.
         num_restarts: starts; by default 4 for guides of ours, 1 for others and for large ones.
         num_particles: draws per step; by default 8 where they are cheap, else 1. For an
-            objective of several draws, so many times those; by default once.
+            objective of several draws, so many times those; by default once. With fixed draws,
+            how many to begin with; updates in closed form have none.
         max_steps: steps of the climb from each start; with fixed draws, evaluations.
         lr: rate of the first stage, in posterior standard deviations (for a guide of your own: in
             units of its parameters); by default 0.05, and where the pair has networks the best of
-            0.002, 0.008 and 0.032 (0.002 where there are too few steps to try them).
+            0.002, 0.008 and 0.032 (0.002 where there are too few steps to try them). Of updates
+            in closed form it is the length, at most 1.
         tol: stages agree below this shift, in posterior standard deviations, and fixed draws are
-            enough below this sampling error; where the pair has
-            networks, its square is the gain in nats, for each latent of a row, that is none.
+            enough below this sampling error; where the pair has networks, its square is the gain
+            in nats, for each latent of a row, that is none; half its square, in nats of all data,
+            is what updates in closed form may leave.
         held_out: share of the rows that is kept aside and not fitted; ``posterior.held_out`` says
             how they fare, and a climb with networks ends where they get no better. By default
             what the model asks for, else 0.

@@ -47,9 +47,9 @@ class GaussianMixture(DensityMixin, BaseEstimator):
         n_components: number of components K.
         covariance_type: the shape of covariances, ``"full"``, ``"tied"``, ``"diag"`` or
             ``"spherical"``.
-        tol: the fit has converged when its last stage moved the posterior by less than this, in
-            posterior standard deviations.
-        max_iter: optimisation steps at most, from each start.
+        tol: the fit has converged when what is left to move is less than this, in posterior
+            standard deviations.
+        max_iter: evaluations of the objective, or steps, at most, from each start.
         n_init: starts; the best is kept, and the verdict says how far they agree.
         init_params: how starting means are chosen, ``"k-means++"`` or ``"random_from_data"``.
         random_state: an int (the same fit each time), a ``numpy.random.RandomState``, or ``None``
@@ -65,7 +65,7 @@ class GaussianMixture(DensityMixin, BaseEstimator):
         precisions_: the inverse of ``covariances_``, of the same shape.
         precisions_cholesky_: its upper Cholesky factors, or roots, of the same shape.
         converged_: whether the fit converged; if not, there was a ``ConvergenceWarning``.
-        n_iter_: steps of the start that won.
+        n_iter_: evaluations, or steps, of the start that won.
         lower_bound_: evidence lower bound in nats per row; ``posterior_.elbo`` has its error.
         lower_bounds_: the same at each step, from few draws, shape ``(n_iter_,)``.
         n_features_in_: number of columns D.
