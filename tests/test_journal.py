@@ -725,7 +725,7 @@ def child(work):
 kills = 0
 while True:
     pid, read = child(lambda: digest(checkpoint=folder))
-    time.sleep(random.uniform(0.0, longest))
+    time.sleep(random.uniform(0.0, longest if kills else longest / 20))  # some fits are short
     if kills < most:
         os.kill(pid, signal.SIGKILL)
         kills += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
