@@ -178,6 +178,26 @@ def too_many(monkeypatch, most, error=OUT[1], first=100):
     return at_some_steps(monkeypatch, act, first)
 
 
+@pytest.mark.parametrize("kind", [steps.Eager, steps.Compiled])
+def test_what_adam_remembers_outlasts_the_particles(pair, kind, monkeypatch):
+    take, met = kind.take, []
+
+    def take_or_run_out(self, first, *args):
+        if first >= 250 and len(met) < 2:
+            met.append({k: v.clone() for k, v in self.memory().items()})
+            if len(met) == 1:
+                raise MemoryError
+        return take(self, first, *args)
+
+    monkeypatch.setattr(kind, "take", take_or_run_out)
+    backend = {steps.Eager: "eager", steps.Compiled: "xla"}[kind]
+    ll.fit(pair[0], X, pair[1], backend=backend, num_particles=2, **QUICK)
+    before, after = met
+    assert before.keys() == after.keys() != set()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert any(value.any() for value in before.values())
+
+
 @pytest.mark.parametrize("error", OUT, ids=["cuda", "cpu", "python"])
 def test_memory_that_runs_out_halves_the_particles(pair, error, monkeypatch):
     calls = too_many(monkeypatch, 2, error)

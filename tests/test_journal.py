@@ -20,7 +20,7 @@ from torch import nn
 
 import latentlab as ll
 from latentlab.diagnostics import Estimate
-from latentlab.inference import climbs, journal, manifest, networks, stages
+from latentlab.inference import climbs, guards, journal, manifest, networks, stages, steps
 from latentlab.inference.checkpoint import numbers_of
 from latentlab.inference.journal import Journal, Part, opened
 
@@ -43,6 +43,18 @@ def local(x=None, size=None):
     with ll.rows(x, size):
         z = pyro.sample("z", dist.Normal(0.0, scale))
         return pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def counted(x=None, size=None):
+    k = pyro.sample("k", dist.Poisson(3.0))
+    with ll.rows(x, size):
+        return pyro.sample("x", dist.Normal(k, 1.0), obs=x)
+
+
+def guessed(x=None, size=None):
+    """A guide that draws without a reparameterised gradient."""
+    rate = pyro.param("rate", torch.tensor(1.0), constraint=dist.constraints.positive)
+    pyro.sample("k", dist.Poisson(rate))
 
 
 class Normalised(nn.Module):
@@ -93,9 +105,15 @@ FITS = {
     "weights": (lambda: (skewed, X, "mean_field"), {"objective": ll.objectives.IWAE(2)}),
     "kept aside": (vae, {"batch_size": 16, "held_out": 0.2}),
     "rates": (vae, {"max_steps": 280}),
+    "traced": (lambda: (skewed, X, "mean_field"), {"backend": "traced"}),
+    "score function": (lambda: (counted, X + 2, guessed), {"num_particles": 1}),
+    "natural": (
+        lambda: (ll.GaussianMixture(2, 2, prior="flat"), PLANE, "auto"),
+        {"method": "natural", "num_restarts": 2},
+    ),
     "batch norm": (normalised, {"batch_size": 12, "lr": 0.01, "num_restarts": 2}),
 }
-QUICKEST = ("mean-field", "latents of rows", "ladder", "rates", "batch norm")
+QUICKEST = ("mean-field", "latents of rows", "ladder", "rates", "batch norm", "score function")
 EVERY = [pytest.param(c, marks=() if c in QUICKEST else pytest.mark.slow) for c in FITS]
 
 
@@ -173,15 +191,16 @@ def until_done(fit, most=200):
 
 @pytest.mark.parametrize("case", EVERY)
 def test_a_killed_fit_ends_at_the_bytes_of_one_that_was_not(case, monkeypatch, tmp_path):
-    kill_while_writing(monkeypatch, torch.Generator().manual_seed(1), most=16)
+    least, most = (1, 3) if case == "natural" else (2, 16)  # which keeps no stages
+    kill_while_writing(monkeypatch, torch.Generator().manual_seed(1), most)
     posterior, kills = until_done(lambda: run(case, checkpoint=tmp_path))
-    assert kills > 1
+    assert kills >= least
     assert content(posterior) == expected(case)
 
 
-def live_steps(monkeypatch, kill_at=None):
+def live_steps(monkeypatch, kill_at=None, kind=steps.Eager):
     """Count the steps that are taken, and die before one of them."""
-    take, taken = stages.Stepper.__args__[0].take, []
+    take, taken = kind.take, []
 
     def count(self, first, rates, attempt):
         if len(taken) == kill_at:
@@ -189,8 +208,75 @@ def live_steps(monkeypatch, kill_at=None):
         taken.append(first)
         return take(self, first, rates, attempt)
 
-    monkeypatch.setattr(stages.Stepper.__args__[0], "take", count)
+    monkeypatch.setattr(kind, "take", count)
     return taken
+
+
+def run_out_once(monkeypatch, kind, at):
+    """Have memory run out once, in a step from one on."""
+    take, times = kind.take, []
+
+    def take_or_run_out(self, first, *args):
+        if first >= at and not times:
+            times.append(first)
+            raise MemoryError
+        return take(self, first, *args)
+
+    monkeypatch.setattr(kind, "take", take_or_run_out)
+
+
+HALF = [
+    pytest.param("mean-field", "eager", 45, 64),  # goes on from a point
+    pytest.param("mean-field", "eager", 45, 115),  # from the stages after it
+    pytest.param("rates", "eager", 90, 115),
+    pytest.param("rates", "eager", 90, 270, marks=pytest.mark.slow),
+    pytest.param("mean-field", "xla", 40, 3, marks=pytest.mark.slow),
+    pytest.param("rates", "xla", 90, 7, marks=pytest.mark.slow),
+    pytest.param("rates", "xla", 90, 10, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("case", "backend", "at", "kill_at"), HALF)
+def test_memory_that_ran_out_is_remembered(case, backend, at, kill_at, monkeypatch, tmp_path):
+    """The memory of the machine that goes on would do for all particles."""
+    if backend == "xla":
+        pytest.importorskip("jax")
+    kind = {"eager": steps.Eager, "xla": steps.Compiled}[backend]
+    how = {"num_particles": 4, "num_restarts": 1, "backend": backend}
+    with monkeypatch.context() as patch:
+        run_out_once(patch, kind, at)
+        first = content(run(case, **how))
+    assert "num_particles=2 in the place of 4" in first["notes"]
+    with monkeypatch.context() as patch:
+        run_out_once(patch, kind, at)
+        live_steps(patch, kill_at, kind)
+        with pytest.raises(Killed):
+            run(case, checkpoint=tmp_path, **how)
+    assert content(run(case, checkpoint=tmp_path, **how)) == first
+    assert content(run(case, checkpoint=tmp_path, **how)) == first
+
+
+@pytest.mark.parametrize(
+    ("case", "kill_at"), [("mean-field", 64), ("mean-field", 105), ("rates", 108)]
+)
+def test_a_resumed_fit_knows_the_gradients_before_it(case, kill_at, monkeypatch, tmp_path):
+    """Far above all before it: those of the process that was killed count."""
+    accepts, seen = guards.Gauge.accepts, []
+
+    def spied(self, *args, **kwargs):
+        seen.append(self.seen)
+        return accepts(self, *args, **kwargs)
+
+    monkeypatch.setattr(guards.Gauge, "accepts", spied)
+    with monkeypatch.context() as patch:
+        live_steps(patch, kill_at)
+        with pytest.raises(Killed):
+            run(case, checkpoint=tmp_path, num_restarts=1)
+    before = [*seen]
+    seen.clear()
+    taken = live_steps(monkeypatch)
+    run(case, checkpoint=tmp_path, num_restarts=1)
+    assert seen[0] == before[taken[0]] > 0
 
 
 @pytest.mark.parametrize("case", ["mean-field", "rates"])
@@ -453,6 +539,13 @@ def test_other_first_weights_are_refused(tmp_path):
         fit(1)
 
 
+def test_another_device_is_refused(begun, tmp_path):
+    kept = json.loads((begun / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**kept, "device": "cuda:0"}))
+    with pytest.raises(ValueError, match="begun with device=cuda:0, and this call has device=cpu"):
+        ll.fit(model_of(), X, "mean_field", checkpoint=tmp_path, **BASE)
+
+
 def test_a_damaged_manifest_is_named(begun, tmp_path):
     (tmp_path / "manifest.json").write_text((begun / "manifest.json").read_text()[:-3])
     with pytest.raises(ValueError, match=f"{tmp_path / 'manifest.json'} is damaged"):
@@ -632,7 +725,7 @@ def child(work):
 kills = 0
 while True:
     pid, read = child(lambda: digest(checkpoint=folder))
-    time.sleep(random.uniform(0.0, longest))
+    time.sleep(random.uniform(0.0, longest if kills else longest / 20))  # some fits are short
     if kills < most:
         os.kill(pid, signal.SIGKILL)
         kills += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
@@ -666,7 +759,8 @@ def test_a_process_that_is_killed_goes_on(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", FITS)
 def test_a_process_that_is_killed_goes_on_whatever_it_fits(case, tmp_path):
-    killed_for_good(case, "eager", tmp_path, 3.0, 6)
+    backend = {**QUICK, **FITS[case][1]}["backend"]
+    killed_for_good(case, backend, tmp_path, 3.0, 6)
 
 
 @pytest.mark.slow

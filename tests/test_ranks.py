@@ -244,8 +244,25 @@ def test_processes_that_came_apart_are_brought_together_and_it_is_told(two):
     assert torch.equal(first["aligned"], second["aligned"])
     assert first["differed"]
     assert second["differed"]
-    assert first["mean"] == second["mean"] == 0.5
     assert "first was taken" in " ".join(Ranks(0, 2, differed=True).notes())
+
+
+def test_what_is_of_other_rows_or_noise_by_design_is_averaged(two):
+    """Running means of batches, and of the draws of a guide without a gradient."""
+    for found in two[0]:
+        assert found["means"].tolist() == [0.5, 0.5]
+        assert not found["differed for means"]
+        assert "less a baseline" in found["scored.notes"]
+        assert "different kinds" not in found["scored.notes"]
+    assert torch.equal(two[0][0]["scored"], two[0][1]["scored"])
+
+
+def test_a_checkpoint_is_refused_before_any_folder_is_made(two):
+    (first, second), folder = two
+    assert first["refusal"] == second["refusal"]
+    assert first["refusal"].startswith("checkpoint: a fit by several processes keeps none yet;")
+    assert "save the posterior when it is done" in first["refusal"]
+    assert not (folder / "kept").exists()
 
 
 @pytest.mark.parametrize("name", ["fit", "batches"])

@@ -25,6 +25,18 @@ def model(x=None, size=None):
         return pyro.sample("x", dist.Normal(loc, scale), obs=x)
 
 
+def counted(x=None, size=None):
+    k = pyro.sample("k", dist.Poisson(3.0))
+    with ll.rows(x, size):
+        return pyro.sample("x", dist.Normal(k, 1.0), obs=x)
+
+
+def guessed(x=None, size=None):
+    """A guide without a reparameterised gradient, whose baselines are of a rank's own rows."""
+    rate = pyro.param("rate", torch.tensor(1.0), constraint=dist.constraints.positive)
+    pyro.sample("k", dist.Poisson(rate))
+
+
 def slopes_of(pair, data):
     """The ELBO and the gradient of one step from where the pair is, and whether it is sound."""
     optimiser = torch.optim.SGD([*pair.parameters().values()], lr=0.0)
@@ -47,13 +59,26 @@ def shared_steps(ranks):
             pair.guide.loc.data.clone(),
             torch.tensor(ranks.differed),
         )
-        means = {"buffer.0.running_mean": torch.tensor(float(ranks.rank))}
+        ranks.differed = False
+        means = {
+            name: torch.tensor(float(ranks.rank))
+            for name in ("buffer.0.running_mean", "baseline.z")
+        }
         ranks.align(means)
+        found["differed for means"] = torch.tensor(ranks.differed)
         bad = X.clone()
         bad[70] = torch.nan  # a row of the second process
         lost = replace(pair, data=pair.data.map(lambda x: bad))
         found["failed"] = slopes_of(lost, Shard(lost, None, 0)(0))[0]
-        return found | {"mean": means["buffer.0.running_mean"]}
+        return found | {"means": torch.stack([*means.values()])}
+
+
+def refusal(folder):
+    """What a fit says that is to keep what it did."""
+    try:
+        ll.fit(model, X, checkpoint=folder)
+    except ValueError as error:
+        return str(error)
 
 
 def main(folder):
@@ -61,11 +86,15 @@ def main(folder):
         found = shared_steps(ranks)
         rank = ranks.rank
         how = {"max_steps": 500, "num_restarts": 1, "guide": "mean_field"}
+        found["refusal"] = refusal(folder / "kept")
         posterior = ll.fit(model, X, **how)
         assert distributed.is_initialized()  # the group was there, and stays
     assert not distributed.is_initialized()
     batches = ll.fit(model, X, batch_size=20, **how | {"max_steps": 300})
     assert not distributed.is_initialized()
+    few = {"num_particles": 1, "max_steps": 40, "method": "stages"}
+    scored = ll.fit(counted, X + 2, guessed, progress=False, **few)
+    found |= {"scored": scored.params["rate"], "scored.notes": " ".join(scored.notes)}
     for name, fitted in (("fit", posterior), ("batches", batches)):
         params = torch.cat([p.flatten() for p in fitted.params.values()])
         sites = fitted.sample(1000)

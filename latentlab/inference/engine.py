@@ -126,7 +126,7 @@ def fit(
         progress: a progress bar; by default where stderr is a terminal.
         checkpoint: a folder, made if missing, where what was done so far is kept: after a kill,
             at any moment, the same call goes on from there, to the same bytes. Another model,
-            other data or another setting is refused.
+            other data or another setting is refused, and so is any folder for several processes.
         device: where the fit runs and the posterior lives, such as ``"cuda"``; by default where
             the data are. The model need not be written for it; what is shown, exported or saved
             comes from there by itself.
@@ -159,9 +159,15 @@ def fit(
     )
     where = as_device(device)
     modes = torch.inference_mode(False), torch.enable_grad()  # whatever the caller is in
-    with modes[0], modes[1], joined(where) as ranks, opened(checkpoint) as journal:
+    with modes[0], modes[1], joined(where) as ranks:
+        if ranks and checkpoint is not None:
+            raise ValueError(
+                "checkpoint: a fit by several processes keeps none yet; leave it out, or save the "
+                "posterior when it is done"
+            )
         progress = progress if ranks.rank == 0 else False
-        return _fit(model, data, guide, settings, held_out, progress, journal, where, ranks)
+        with opened(checkpoint) as journal:
+            return _fit(model, data, guide, settings, held_out, progress, journal, where, ranks)
 
 
 def _fit(

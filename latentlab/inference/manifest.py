@@ -45,7 +45,7 @@ def manifest(
     settings: Settings,
     held_out: float | None,
 ) -> dict[str, str]:
-    """What a fit is of, by name: the settings, the data, the pair, the versions, the threads.
+    """What a fit is of, by name: settings, data, pair, device, versions, threads.
 
     Arguments:
         pair: the pair, looked at, its parameters where they begin.
@@ -64,6 +64,7 @@ def manifest(
         "model": f"{_name(model)} {_short(source_of(model))}",
         "guide": f"{_name(guide)} {_short(source_of(guide), json.dumps(own_guide, default=str))}",
         "parameters": _short(digest_of_all("", numbers_of(pair))),
+        "device": str(pair.device),
         "dtype": str(pair.dtype).removeprefix("torch."),
         **{package: _version(package) for package in _PACKAGES},
         "threads": str(torch.get_num_threads()),

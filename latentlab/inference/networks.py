@@ -53,7 +53,7 @@ from latentlab.inference.replay import done, go_to
 from latentlab.inference.rows import looks_by_row, over_rows
 from latentlab.inference.sandbox import manual_seed, stream
 from latentlab.inference.stages import FitDivergedError, State
-from latentlab.inference.steps import Engine, Stepper
+from latentlab.inference.steps import Engine, Stepper, carry_on
 from latentlab.inference.training import kl_weight
 
 __all__ = ["NETWORK_RATE", "NetworkClimb", "has_networks", "is_judged_by_row"]
@@ -247,7 +247,7 @@ class NetworkClimb:
         """Steps at one rate, and the average of all that were taken at it."""
         self.stage_starts.append(self.num_steps)
         first, journal, before = self.num_steps, self.pair.journal, run.name
-        where = (first, num_steps, run.rate, self.engine.used)
+        where = (first, num_steps, run.rate, self.engine.used, self.engine.num_particles)
         # What the moments and the average are is said by the name of the stage before.
         stands = before or standing(self.pair, self._mode)
         run.name = journal.name("stage", self.seed, *where, stands)
@@ -282,7 +282,7 @@ class NetworkClimb:
                 elbos, path = run.stepper.take(self.num_steps, rates, failures)
             except (MemoryError, RuntimeError) as error:
                 self.engine.take_fewer(error)
-                run.stepper = self._at(run.rate).stepper
+                run.stepper = carry_on(run.stepper, self._at(run.rate).stepper)
                 continue
             taken = self._note(elbos)
             k += taken
@@ -308,7 +308,7 @@ class NetworkClimb:
         self, run: _Run, first: int, facts: dict, groups: dict[str, State], prefix: str = ""
     ) -> Part:
         """What a stage did, or a part of it, since its first step."""
-        facts = facts | {"count": run.mean.count}
+        facts = facts | {"count": run.mean.count, "engine": self.engine.facts(self.seed)}
         groups = groups | {"passing.moments": run.stepper.memory()}
         return done(self.pair, self.losses[first:], facts, groups, prefix)
 
@@ -320,6 +320,8 @@ class NetworkClimb:
     def _redo(self, run: _Run, part: Part) -> None:
         """Do what a stage did, without its steps."""
         self._note([-loss for loss in go_to(self.pair, part)])
+        if self.engine.recall(part.facts["engine"], self.seed):
+            run.stepper = self._at(run.rate).stepper
         average, names = part.under("average"), self._mode.moving() if part.facts["count"] else ()
         run.mean = Mean([average[name].clone() for name in names], part.facts["count"])
         moments = part.under("passing.moments")

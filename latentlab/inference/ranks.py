@@ -107,13 +107,14 @@ class Ranks:
         """Check that all ranks are at one place, in place; if not, that of the first is taken.
 
         Arguments:
-            state: what moves. What networks keep of their batches, ``"buffer..."``, is of other
-                rows on each rank: the mean of all is taken.
+            state: what moves. What networks keep of their batches, ``"buffer..."``, and guides
+                of their past draws, ``"baseline..."``, is of other rows or noise on each rank:
+                the mean of all is taken.
         """
         if not self:
             return
         for name, value in state.items():
-            if name.startswith("buffer."):
+            if name.startswith(("buffer.", "baseline.")):
                 value.copy_(self.mean(value))
                 continue
             first = value.detach().to(self.device, copy=True).contiguous()

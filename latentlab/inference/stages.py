@@ -43,7 +43,7 @@ from latentlab.inference.modes import TrainingMode, standing
 from latentlab.inference.pair import Pair
 from latentlab.inference.replay import done, go_to
 from latentlab.inference.sandbox import manual_seed, stream
-from latentlab.inference.steps import Engine, Stepper
+from latentlab.inference.steps import Engine, Stepper, carry_on
 from latentlab.inference.trail import Trail
 from latentlab.protocols import HasNetworks, owner_of
 
@@ -239,14 +239,16 @@ class Climb:
         stepper = self._stepper(optimiser, trail.every)
         first, how, journal = self.num_steps, (num_steps, rate, falling), self.pair.journal
         stands = standing(self.pair, self._mode)
-        name = journal.name("stage", self.seed, first, *how, self.engine.used, stands)
+        by = self.engine.used, self.engine.num_particles
+        name = journal.name("stage", self.seed, first, *how, *by, stands)
         part = journal.find(name)
         if part is None:
             stationary = self._walk(name, optimiser, stepper, trail, *how)
             facts = {"stationary": stationary}
-            journal.keep(name, lambda: done(self.pair, self.losses[first:], facts))
+            journal.keep(name, lambda: self._part(first, facts))
             return stationary
-        self._redo(part)
+        if self._redo(part):
+            self._stepper(optimiser, trail.every)  # what takes the steps was found out anew, too
         return part.facts["stationary"]
 
     def _walk(
@@ -264,7 +266,8 @@ class Climb:
         halved, stationary, failures = 1.0, falling, 0
         point = journal.point(name)
         if point is not None:
-            self._redo(point)
+            if self._redo(point):
+                stepper = self._stepper(optimiser, trail.every)
             stepper.recall(point.under("moments"))
             trail.points, halved = [*point.tensors["trail.points"]], point.facts["halved"]
         good, k = self.state(), self.num_steps - first
@@ -277,7 +280,7 @@ class Climb:
                 elbos, path = stepper.take(self.num_steps, rates, failures)
             except (MemoryError, RuntimeError) as error:
                 self.engine.take_fewer(error)
-                stepper = self._stepper(optimiser, trail.every)
+                stepper = carry_on(stepper, self._stepper(optimiser, trail.every))
                 continue
             taken = self._note(elbos)
             k += taken
@@ -302,7 +305,12 @@ class Climb:
 
     def _point(self, first: int, halved: float, stepper: Stepper, trail: Trail) -> Part:
         way = {"moments": stepper.memory(), "trail": {"points": torch.stack(trail.points)}}
-        return done(self.pair, self.losses[first:], {"halved": halved}, way)
+        return self._part(first, {"halved": halved}, way)
+
+    def _part(self, first: int, facts: dict, groups: dict[str, State] | None = None) -> Part:
+        """What a stage did, or a part of it, since its first step."""
+        facts = facts | {"engine": self.engine.facts(self.seed)}
+        return done(self.pair, self.losses[first:], facts, groups)
 
     def _settled(self, trail: Trail, optimiser: torch.optim.Optimizer) -> bool:
         return bool(self.pair.ranks.same(trail.stationary(_often_moved(optimiser))))
@@ -361,9 +369,10 @@ class Climb:
             self.tick(self.num_steps, -value)
         return len(elbos)
 
-    def _redo(self, part: Part) -> None:
-        """Do what a stage did, without its steps."""
+    def _redo(self, part: Part) -> bool:
+        """Do what a stage did, without its steps; whether others are to be taken after it."""
         self._note([-loss for loss in go_to(self.pair, part)])
+        return self.engine.recall(part.facts["engine"], self.seed)
 
     def _first_bad_site(self) -> tuple[str, float]:
         if steep := self.engine.gauge_of(self.seed).where:

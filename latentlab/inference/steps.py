@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from latentlab.inference.batches import Batches
     from latentlab.inference.program import Program
 
-__all__ = ["Backend", "Compiled", "Eager", "Engine", "Stepper", "Traced"]
+__all__ = ["Backend", "Compiled", "Eager", "Engine", "Stepper", "Traced", "carry_on"]
 
 Backend = Literal["auto", "eager", "traced", "xla"]
 
@@ -154,7 +154,34 @@ class Engine:
             ) from error
         before = self.num_particles
         self.notes.append(f"memory ran out: num_particles={fewer} in the place of {before}")
-        self.num_particles, self._known, self.program, self._trial = fewer, False, None, None
+        self._take(fewer)
+
+    def facts(self, seed: int) -> dict[str, Any]:
+        """What a climb found out on its way and goes on with, JSON values.
+
+        Arguments:
+            seed: of the climb.
+        """
+        seen = self.gauge_of(seed).seen
+        return {"num_particles": self.num_particles, "notes": [*self.notes], "seen": seen}
+
+    def recall(self, facts: Mapping[str, Any], seed: int) -> bool:
+        """Go on from what :meth:`facts` gave; whether steppers have to be made anew.
+
+        Arguments:
+            facts: of the same climb.
+            seed: of the climb.
+        """
+        self.notes, self.gauge_of(seed).seen = [*facts["notes"]], facts["seen"]
+        if facts["num_particles"] == self.num_particles:
+            return False
+        self._take(facts["num_particles"])
+        return True
+
+    def _take(self, num_particles: int) -> None:
+        """So many particles from here on: what was recorded was recorded for others."""
+        self.num_particles = num_particles
+        self._known, self.program, self._trial = False, None, None
 
     def _obstacle(self, mode: TrainingMode) -> str:
         """Why the pair is run as it is, where that is known before it is recorded."""
@@ -415,3 +442,15 @@ class Compiled:
 
 
 Stepper = Eager | Traced | Compiled
+
+
+def carry_on(old: Stepper, new: Stepper) -> Stepper:
+    """A new stepper, with what the one before remembers of the gradients.
+
+    Arguments:
+        old: the one before; XLA and torch do not read each other's memory.
+        new: what takes its place, for the same parameters.
+    """
+    if isinstance(old, Compiled) == isinstance(new, Compiled):
+        new.recall(old.memory())
+    return new
