@@ -780,3 +780,31 @@ def test_compiled_steps_end_at_the_same_bytes(case, monkeypatch, tmp_path):
     assert kills > 1
     assert posterior.backend == "xla"
     assert content(posterior) == first
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "null", "not json"])
+def test_a_manifest_that_says_nothing_is_damaged(content, tmp_path):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ValueError, match="manifest.json is damaged; choose another folder"):
+        ll.fit(model_of(), X, "mean_field", checkpoint=tmp_path, **BASE)
+
+
+@pytest.mark.parametrize("place", ["", " ", "a\0b"])
+def test_a_folder_has_a_name(place):
+    with pytest.raises(ValueError, match="checkpoint: expected a folder, got"):
+        ll.fit(model_of(), X, "mean_field", checkpoint=place, **BASE)
+
+
+def test_a_home_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ll.fit(model_of(), X, "mean_field", checkpoint="~/kept", **BASE)
+    assert (tmp_path / "kept" / "manifest.json").is_file()
+
+
+def test_a_part_in_the_place_of_another_is_damaged(tmp_path):
+    first = ll.fit(model_of(), X, "mean_field", checkpoint=tmp_path, **BASE)
+    parts = sorted(tmp_path.glob("0*.safetensors"))
+    parts[1].write_bytes(parts[0].read_bytes())
+    with pytest.warns(RuntimeWarning, match="is damaged or not in its place"):
+        again = ll.fit(model_of(), X, "mean_field", checkpoint=tmp_path, **BASE)
+    assert content(again) == content(first)

@@ -113,8 +113,10 @@ class Journal:
             return
         try:
             begun = json.loads(file.read_text())
+            if not isinstance(begun, dict) or not begun:
+                raise ValueError("expected what was fitted, by name")
             differing = [k for k in {**begun, **manifest} if begun.get(k) != manifest.get(k)]
-        except (ValueError, AttributeError) as error:
+        except (ValueError, OSError) as error:
             raise ValueError(f"checkpoint: {file} is damaged; choose another folder") from error
         if differing:
             old, new = (
@@ -186,7 +188,7 @@ class Journal:
             return
         file = self.folder / f"{len(self._files):05d}-{name}.safetensors"
         part = make()
-        if self._write(file, _packed(part)):
+        if self._write(file, _packed(Part(part.tensors, {**part.facts, "of": name}))):
             self._files[name] = file
         for point in self._points() if name == self._marked else ():
             point.unlink(missing_ok=True)
@@ -249,6 +251,8 @@ class Journal:
                 if number != k:
                     raise ValueError(f": {k - 1} is followed by {number}")
                 tensors, facts = unpacked(file.read_bytes())
+                if facts.get("of") != name:
+                    raise ValueError(": it is another part")
             except (OSError, ValueError):
                 _tell_damaged(file)
                 # A chain whose last link is thinned out cannot be carried on: it is run again.
@@ -314,7 +318,11 @@ def opened(folder: str | Path | None) -> Iterator[Journal]:
         return
     if not isinstance(folder, str | Path):
         raise TypeError(f"checkpoint: expected a folder, got {folder!r}")
-    place = probe(folder)
+    if not str(folder).strip() or "\0" in str(folder):
+        raise ValueError(f"checkpoint: expected a folder, got {str(folder)!r}")
+    place = probe(Path(folder).expanduser())
+    if (place / "lock").is_dir():
+        raise OSError(f"checkpoint: {place / 'lock'} is a folder; choose another one")
     with (place / "lock").open("w") as lock:
         _take(lock, place)
         yield Journal(place)
@@ -341,7 +349,7 @@ def _packed(part: Part) -> bytes:
 
 def _as_it_was(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Part:
     torch.set_rng_state(tensors.pop(_RANDOM))
-    return Part(tensors, facts)
+    return Part(tensors, {key: value for key, value in facts.items() if key != "of"})
 
 
 def _tell_damaged(file: Path) -> None:
