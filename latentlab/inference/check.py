@@ -6,7 +6,6 @@ The same look prepares the pair for a fit: its own copy, its sites, its number o
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
