@@ -168,3 +168,77 @@ def test_what_has_no_rows_to_leave_out_is_refused():
     point = ll.fit(line, (FEATURES, Y), "point", num_restarts=1, progress=False)
     with pytest.raises(ValueError, match="loo: a point has no draws"):
         point.loo()
+
+
+def sequences():
+    x = torch.randn(4, 10, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return ll.data.Sequences(x, torch.tensor([10, 8, 10, 5]))
+
+
+CONJUGATE = {
+    "mixture": (lambda: ll.GaussianMixture(2, 2, prior="conjugate"), FEATURES),
+    "one component": (
+        lambda: ll.GaussianMixture(2, 1, covariance="full", prior="conjugate"),
+        FEATURES,
+    ),
+    "chain": (lambda: ll.HiddenMarkovModel(2, 1, prior="conjugate"), sequences()),
+}
+
+
+@pytest.mark.parametrize("case", CONJUGATE)
+def test_conjugate_posteriors_are_asked_like_others(case):
+    make, data = CONJUGATE[case]
+    fit = ll.fit(make(), data, num_restarts=1, progress=False)
+    parts = fit.elbo_parts()
+    total = sum(e.value for e in parts.log_likelihood.values())
+    assert total - sum(e.value for e in parts.kl.values()) == pytest.approx(parts.elbo.value)
+    assert parts.elbo.value == pytest.approx(fit.elbo.value, abs=8 * parts.elbo.se + 1e-6)
+    wanted = {*fit.guide.families} if case == "chain" else {("all latents",)}
+    assert {*parts.kl} == {site for sites in wanted for site in sites}
+    assert fit.sensitivity().names
+    assert math.isfinite(fit.loo().elpd.value)
+    assert fit.ppc(num_samples=40).names
+
+
+def test_parts_of_a_chain_are_the_divergences_of_its_factors():
+    """That of a site with no other in its factor is known in closed form."""
+    fit = ll.fit(CONJUGATE["chain"][0](), sequences(), num_restarts=1, progress=False)
+    found = fit.elbo_parts(4000).kl["transitions"]
+    with fit.pair.entered(0), torch.no_grad(), pyro.poutine.trace() as tape:
+        fit.model(*fit.pair.data.args)
+    prior = tape.trace.nodes["transitions"]["fn"]
+    while not isinstance(prior, torch.distributions.Dirichlet):
+        prior = prior.base_dist
+    own = fit.guide.factors()[("transitions",)].concentration.detach()
+    q = torch.distributions.Dirichlet(own)
+    exact = torch.distributions.kl_divergence(q, type(q)(prior.concentration.expand_as(own)))
+    assert abs(found.value - float(exact.sum())) < 6 * found.se
+
+
+def test_steps_after_the_end_are_not_looked_at():
+    fit = ll.fit(CONJUGATE["chain"][0](), sequences(), num_restarts=1, progress=False)
+    inside = sequences().inside
+    found = fit.ppc({"n": len, "mean": lambda x: x.mean()}, num_samples=40)
+    assert float(found.observed[0]) == int(inside.sum())
+    assert float(found.observed[1]) == pytest.approx(float(sequences().x[inside].mean()))
+
+
+@pytest.mark.parametrize("what", ["elbo_parts", "sensitivity", "sandwich", "loo"])
+def test_a_point_has_no_spread_to_speak_of(what):
+    model = ll.GaussianMixture(2, 2, prior="flat")
+    point = ll.fit(model, FEATURES, num_restarts=1, progress=False)
+    with pytest.raises(ValueError, match=f"^{what}: a point has no "):
+        getattr(point, what)()
+    assert point.ppc(num_samples=40).names
+
+
+def test_latents_of_rows_are_asked_what_can_be_said():
+    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model = ll.VariationalAutoencoder(num_features=3, latent_dim=1, hidden_dims=(4,))
+    fit = ll.fit(model, x, max_steps=60, num_restarts=1, progress=False)
+    assert {*fit.elbo_parts().kl} == {"z"}
+    assert fit.ppc(num_samples=40).names
+    with pytest.raises(ValueError, match="loo: each row has latents of its own"):
+        fit.loo()
+    with pytest.raises(ValueError, match="sensitivity: no latent is shared"):
+        fit.sensitivity()

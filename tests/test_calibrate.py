@@ -164,3 +164,54 @@ def test_what_cannot_be_calibrated_is_refused(model, settings, message):
     x = torch.arange(5.0).double()
     with pytest.raises(ValueError, match=message):
         ll.calibrate(model, x, progress=False, **settings)
+
+
+def test_a_conjugate_posterior_that_is_exact_is_calibrated():
+    """With one component the updates end at the posterior itself."""
+    x = torch.randn(12, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model = ll.GaussianMixture(1, 1, prior="conjugate").scale_to(x)
+    found = ll.calibrate(model, x, num_simulations=40, progress=False)
+    assert found.ok, found
+    assert "conjugate updates" in found.how
+    assert found.names == ("scales in order[0, 0]", "locs in order[0, 0]", "log-likelihood")
+    # Posteriors of data sets that differ: a guide that was left where it began has one place.
+    z = (found.truth[:, 1] - found.draws[..., 1].mean(1)) / found.draws[..., 1].std(1)
+    assert float(found.draws[..., 1].mean(1).std()) > 0.5 * float(found.truth[:, 1].std())
+    assert 0.5 < float(z.std()) < 2
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (ll.GaussianMixture(2, 2, prior="conjugate"), (20, 2)),
+        (ll.HiddenMarkovModel(2, 1, prior="conjugate"), (2, 8, 1)),
+    ],
+)
+def test_a_guide_that_is_set_by_updates_is_refitted_in_turn(model, shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = ll.calibrate(model, x, num_simulations=10, num_draws=9, progress=False)
+    assert found.how.startswith("10 in turn: ")
+    assert "in order" in found.names[0]
+    assert bool((found.draws.mean(1).std(0) > 0).all())
+    with pytest.raises(ValueError, match=r'backend: "xla" cannot refit this pair: .* updates'):
+        ll.calibrate(model, x, num_simulations=10, backend="xla", progress=False)
+
+
+def test_priors_keep_the_units_of_the_data_that_were_given(monkeypatch):
+    from latentlab.inference import calibrate as module
+
+    units, own_fit = [], module.fit
+
+    def noted(*args, **settings):
+        posterior = own_fit(*args, **settings)
+        units.append(posterior.model.spread.clone())
+        return posterior
+
+    monkeypatch.setattr(module, "fit", noted)
+    x = 7 * torch.randn(9, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model = ll.GaussianMixture(1, 1, prior="conjugate")
+    ll.calibrate(model, x, num_simulations=10, num_draws=9, progress=False)
+    expected = ll.GaussianMixture(1, 1, prior="conjugate").scale_to(x).spread
+    assert len(units) == 10
+    assert all(torch.equal(found, expected) for found in units)
+    assert not torch.equal(ll.fit(model, 2 * x, progress=False).model.spread, expected)

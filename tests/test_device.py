@@ -1,5 +1,6 @@
 """A fit runs where it is asked to, with all that it needs, and its steps wait for nothing."""
 
+import math
 import warnings
 
 import pyro
@@ -63,6 +64,11 @@ class Regression(PyroModule):
             return pyro.sample("y", dist.Normal(loc, 1.0), obs=x[:, 2])
 
 
+def written_down(x=None, size=None):
+    pyro.sample("loc", dist.Normal(x.mean(), 0.2))
+    pyro.sample("s", dist.LogNormal(x.std().log(), 0.1))
+
+
 def vae():
     return ll.VariationalAutoencoder(num_features=3, latent_dim=1, hidden_dims=(4,))
 
@@ -73,6 +79,10 @@ QUICK = {
     "guide of one's own": (lambda: normal, ROW, normal_guide, {}),
     "constants": (lambda: with_constants, ROW, "point", {}),
     "rows": (lambda: local, ROW, "amortised", {"batch_size": 8}),
+    "conjugate mixture": (
+        lambda: ll.GaussianMixture(3, 2, covariance="full", prior="conjugate"),
+        *(X, "auto", {"max_steps": 10}),
+    ),
 }
 SLOW = {
     "rows kept aside": (lambda: normal, ROW, "low_rank", {"held_out": 0.2}),
@@ -139,6 +149,62 @@ def test_what_fit_was_given_stays_where_it_is():
         assert model.unit.device.type == X.device.type == "cpu"
         assert PRIOR.base_dist.loc.device.type == "cpu"
         assert torch.zeros(()).device == torch.get_default_device() == torch.device("cpu")
+
+
+def asked(posterior):
+    """What the verdict leaves open, from a posterior that is elsewhere."""
+    assert math.isfinite(posterior.elbo_parts().elbo.value)
+    assert posterior.sensitivity(200).names
+    assert math.isfinite(posterior.loo(200).elpd.value)
+    assert posterior.ppc(num_samples=20).names
+    assert posterior.compare_draws({"loc": ROW}, 50).names == ("loc",)
+    assert math.isfinite(posterior.sandwich(200).elbo.value)
+
+
+def test_a_posterior_elsewhere_is_asked_like_others():
+    with elsewhere():
+        asked(fitted(normal, ROW, "mean_field"))
+
+
+def responds(device):
+    how = {"max_steps": 200, "device": device}
+    found = ll.linear_response(fitted(normal, ROW, "mean_field", **how))
+    assert found.sample(2)["loc"].device.type == device.type
+    assert bool((found.summary(100)["sd"] > 0).all())
+
+
+def test_means_respond_elsewhere():
+    with elsewhere():
+        responds(THERE)
+
+
+def sampled(data):
+    chains = ll.nuts(normal, data, num_samples=4, num_warmup=20, num_chains=2)
+    assert chains.backend.startswith("pyro: it is on ")
+    assert {value.device.type for value in chains.draws.values()} == {"cpu"}
+    chains.summary()
+    chains.check()
+    chains.plot()
+    with pytest.raises(ValueError, match='backend: "xla" cannot run this model: it is on '):
+        ll.nuts(normal, data, backend="xla")
+
+
+def test_a_sampler_follows_its_data_and_its_draws_come_back():
+    with elsewhere():
+        sampled(ROW.to(THERE))
+
+
+def calibrated(data):
+    found = ll.calibrate(
+        normal, data, written_down, num_simulations=10, num_draws=9, progress=False
+    )
+    assert found.how.startswith("10 in turn: it is on ")
+    found.plot()
+
+
+def test_refits_follow_their_data():
+    with elsewhere():
+        calibrated(ROW.to(THERE))
 
 
 def test_a_fit_follows_its_data():
@@ -261,6 +327,15 @@ def test_a_fit_on_a_gpu(case, tmp_path):
     assert {value.device.type for value in held.values()} == {"cuda"}
     uses(posterior, data, tmp_path)
     assert torch.equal(torch.cuda.get_rng_state(), state)
+
+
+@pytest.mark.gpu
+def test_all_else_on_a_gpu():
+    there = torch.device("cuda")
+    asked(fitted(normal, ROW, "mean_field", device="cuda"))
+    responds(there)
+    calibrated(ROW.to(there))
+    sampled(ROW.to(there))
 
 
 @pytest.mark.gpu

@@ -130,6 +130,17 @@ class Families(Guide):
         parts = (factor.log_probs(*given) for _, factor, given in self._given(values))
         return sum((part for each in parts for part in each), self.loc.new_zeros(()))
 
+    def log_prob_in_order(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Log-density (P,) of each site given those that its factor draws before it.
+
+        Arguments:
+            values: of all sites, each (P, ...).
+        """
+        found: dict[str, Tensor] = {}
+        for sites, factor, given in self._given(values):
+            found |= zip(sites, factor.log_probs(*given), strict=True)
+        return found
+
     def site_log_prob(
         self, values: Mapping[str, Tensor], data: Data | None = None
     ) -> dict[str, Tensor]:

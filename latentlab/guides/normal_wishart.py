@@ -100,6 +100,8 @@ class NormalWishart(Guide):
         return {z.name: values[z.name].reshape(-1, *z.shape) for z in self.latents}
 
     def _free_log_prob(self, u: Tensor, part: slice) -> Tensor:
+        if u.shape[-1] != self.num_latents:
+            raise NotImplementedError("of a part of the latents no density is known")
         values, log_det = self.unpack(u)
         plain = {k: v.double() for k, v in self._shaped(values).items()}
         family = self.distribution

@@ -22,7 +22,7 @@ from latentlab.diagnostics import (
     Sandwich,
     Sensitivity,
 )
-from latentlab.guides import Draws, Guide
+from latentlab.guides import Draws, Families, Guide
 from latentlab.inference import objectives, predictive
 from latentlab.inference.axes import labels_of
 from latentlab.inference.batches import follows_rows
@@ -118,7 +118,8 @@ def compare_draws(
     if not sites:
         have = ", ".join(map(repr, theirs)) or "none"
         raise ValueError(f"reference: expected draws of the posterior's sites, got {have}")
-    ours = posterior.sample(num_samples)
+    theirs = {k: v.cpu() for k, v in theirs.items()}
+    ours = {k: v.cpu() for k, v in posterior.sample(num_samples).items()}
     axes = {site: axis for site, axis in posterior._axes.items() if site in sites}
     if axes:
         middle = {k: theirs[k].flatten(0, 1).double().mean(0).to(ours[k]) for k in axes}
@@ -159,7 +160,12 @@ def ppc(
     num = as_count(num_samples or _REPLICATES, "num_samples", minimum=20)
     drawn = posterior.predict(num, seed=seed)[site]
     data = observed[site]
-    missing = data.isnan() if data.is_floating_point() else torch.zeros_like(data).bool()
+    if data.dim() > 2:  # of sequences, each step is a row
+        data, drawn = data.flatten(0, -2), drawn.flatten(1, -2)
+    missing = data.isnan() | drawn.isnan().all(0)  # a step after the end is drawn as NaN
+    if missing.dim() == 2:
+        there = ~missing.all(-1)
+        data, drawn, missing = data[there], drawn[:, there], missing[there]
     if missing.any():  # what is not there is not looked at, in data and replicates alike
         data, drawn = data[~missing], drawn[:, ~missing]
     return diagnostics.ppc(data, drawn, statistics)
@@ -167,6 +173,7 @@ def ppc(
 
 def sandwich(posterior: Posterior, num_samples: int, seed: int | None) -> Sandwich:
     """See :meth:`Posterior.sandwich`."""
+    _expect_spread(posterior.pair, "sandwich")
     return diagnostics.sandwich(posterior.log_weights(num_samples, seed))
 
 
@@ -174,6 +181,7 @@ def sensitivity(posterior: Posterior, num_samples: int, seed: int | None) -> Sen
     """See :meth:`Posterior.sensitivity`."""
     pair = posterior.pair
     posterior._need_data("sensitivity")
+    _expect_spread(pair, "sensitivity")
     with torch.no_grad(), posterior._entered("sensitivity", seed):
         draws = objectives.draw(pair, num_samples)
         sites = _by_site(pair, draws)
@@ -192,24 +200,32 @@ def sensitivity(posterior: Posterior, num_samples: int, seed: int | None) -> Sen
         labels = labels_of(pair, latent.name, latent.shape)
         names += [f"{latent.name}[{label}]" if label else latent.name for label in labels]
         figures.append(value.reshape(num_samples, -1).double())
-    return diagnostics.sensitivity(torch.cat(figures, -1), prior, rest, log_weights, names)
+    parts = prior.cpu(), rest.cpu(), log_weights.cpu()
+    return diagnostics.sensitivity(torch.cat(figures, -1).cpu(), *parts, names)
 
 
 def elbo_parts(posterior: Posterior, num_samples: int, seed: int | None) -> ElboParts:
     """See :meth:`Posterior.elbo_parts`."""
     pair = posterior.pair
     posterior._need_data("elbo_parts")
+    _expect_spread(pair, "elbo_parts")
     with torch.no_grad(), posterior._entered("parts of the ELBO", seed):
         draws = objectives.draw(pair, num_samples)
         log_p = _by_site(pair, draws)
         log_q = _in_order(pair, draws)
-    latents = {z.name for z in pair.latents}
-    if {*log_q} != latents:  # only all latents together are known
-        joint = sum((log_p.pop(k) for k in [*log_p] if k in latents), torch.zeros(num_samples))
-        log_p = {"all latents": joint} | log_p
+        latents = {z.name for z in pair.latents}
+        if {*log_q} != latents:  # only all latents together are known
+            joint = sum((log_p.pop(k) for k in [*log_p] if k in latents), torch.zeros(num_samples))
+            log_p = {"all latents": joint} | log_p
     observed = [site for site in log_p if site not in log_q]
     plates = {k: v[0][0] for k, v in pair.plates.items() if v and (k in log_p)}
     return diagnostics.elbo_parts(log_p, log_q, observed, plates)
+
+
+def _expect_spread(pair: Pair, what: str) -> None:
+    """Refuse a point: its log-density is zero by convention, and it does not move."""
+    if pair.latents and pair.is_point():
+        raise ValueError(f"{what}: a point has no spread; fit a guide that has one")
 
 
 def _log_joint(pair: Pair, draws: Draws) -> Tensor:
@@ -230,6 +246,8 @@ def _by_site(pair: Pair, draws: Draws) -> dict[str, Tensor]:
 def _in_order(pair: Pair, draws: Draws) -> dict[str, Tensor]:
     """Log-density (S,) of each latent given those before it; of all, where that is unknown."""
     guide, num = pair.guide, len(draws)
+    if isinstance(guide, Families):
+        return {k: v.double() for k, v in guide.log_prob_in_order(draws.values).items()}
     if not isinstance(guide, Guide):
         found = objectives.guide_log_probs(pair, draws)
         parts = {k: objectives.per_particle({k: v}, num, pair.nesting) for k, v in found.items()}

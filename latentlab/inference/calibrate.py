@@ -17,7 +17,6 @@ References:
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -35,6 +34,7 @@ from latentlab.inference import objectives
 from latentlab.inference.axes import labels_of
 from latentlab.inference.batches import num_rows
 from latentlab.inference.check import prepare
+from latentlab.inference.devices import CPU
 from latentlab.inference.engine import fit
 from latentlab.inference.networks import has_networks
 from latentlab.inference.pair import Pair
@@ -45,8 +45,9 @@ from latentlab.inference.sandbox import manual_seed, stream
 from latentlab.inference.simulate import Simulations, simulate
 from latentlab.inference.starts import Starts
 from latentlab.inference.swarm import UNSETTLED, Swarm
+from latentlab.inference.units import units_kept
 from latentlab.inference.xla import has_jax
-from latentlab.protocols import Exchangeable, OffersGuide, ScalesToData, owner_of
+from latentlab.protocols import Exchangeable, OffersGuide, OffersUpdates, owner_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -188,10 +189,11 @@ def calibrate(
             simulations = simulate(pair, sizes[0], stream(seed, "simulate"), latents)
         if around is not None:
             simulations = _beside(simulations)
-            pair = _looked_at(_fixed(pair.model), simulations[0], guide)
+            with units_kept():
+                pair = _looked_at(pair.model, simulations[0], guide)
         with progress_bar(progress, sizes[0], "refits", every=1) as tick:
             refits = _Refits(pair, simulations, sizes[1], seed, axes)
-            how = refits.run(_fixed(pair.model), guide, backend, tick)
+            how = refits.run(guide, backend, tick)
     truth, draws = torch.stack(refits.truth), torch.stack(refits.draws)  # (M, F), (M, S, F)
     names = refits.names
     ranks = sbc_ranks(truth, draws, seed)
@@ -218,7 +220,7 @@ def _looked_at(model: Callable, data: Any, guide: Any) -> Pair:  # noqa: ANN401
         size = sum(math.prod(z.free_shape) for z in pair.latents)
         if size <= _FULL_RANK_UP_TO:
             return _looked_at(model, data, "full_rank")
-    if not pair.latents:
+    if not any(math.prod(z.free_shape) for z in pair.latents):
         raise ValueError("model: it has no continuous latents whose posteriors could be off")
     if pair.is_point():
         raise ValueError("guide: a point has no draws to rank; take one with a spread")
@@ -236,18 +238,6 @@ def _parameters_of_the_model(pair: Pair) -> set[str]:
     with pair.entered(seed=0), torch.no_grad(), poutine.trace(param_only=True) as tape:
         pair.data.call(pair.model)
     return {*tape.trace.nodes}
-
-
-def _fixed(model: Callable) -> Callable:
-    """A model whose priors do not scale to each data set anew."""
-    if not isinstance(owner_of(model), ScalesToData):
-        return model
-
-    @functools.wraps(getattr(model, "forward", model))
-    def fixed(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        return model(*args, **kwargs)
-
-    return fixed
 
 
 def _sortable(pair: Pair) -> Mapping[str, tuple[int, ...]]:
@@ -293,6 +283,7 @@ class _Refits:
     ) -> None:
         self.pair, self.simulations, self.num_draws = pair, simulations, num_draws
         self.seed, self.axes = seed, axes
+        self.latents = [z for z in pair.latents if math.prod(z.free_shape)]  # not a weight of one
         self.truth: list[Tensor] = []  # (F,) each
         self.draws: list[Tensor] = []  # (S, F) each
         self.unsettled = 0.0
@@ -301,7 +292,7 @@ class _Refits:
     def names(self) -> list[str]:
         """Names of the quantities, the log-likelihood last."""
         found = []
-        for latent in self.pair.latents:
+        for latent in self.latents:
             labels = labels_of(self.pair, latent.name, latent.shape)
             sorted_too = " in order" * (latent.name in self.axes)
             found += [
@@ -311,7 +302,6 @@ class _Refits:
 
     def run(
         self,
-        model: Callable,
         guide: Any,  # noqa: ANN401
         backend: Backend,
         tick: Callable[[int, float], None],
@@ -327,14 +317,18 @@ class _Refits:
                 return f"{len(self.simulations)} as one"
         if backend == "xla":
             raise ValueError(f'backend: "xla" cannot refit this pair: {why}')
-        self._in_turn(model, guide, tick)
+        self._in_turn(guide, tick)
         return f"{len(self.simulations)} in turn: {why}"
 
     def _reason(self, backend: Backend) -> str:
         """Why refits cannot go as one, where that is known before."""
-        guide = self.pair.guide
+        guide, owner = self.pair.guide, owner_of(self.pair.model)
         if backend == "eager":
             return "asked for"
+        if self.pair.device != CPU:
+            return f"it is on {self.pair.device}, and XLA runs on the CPU here"
+        if isinstance(owner, OffersUpdates) and owner.updates(guide) is not None:
+            return "it is set by conjugate updates, which climb each from several starts"
         if not has_jax():
             return "JAX is not installed: pip install 'latentlab[xla]'"
         if isinstance(guide, Flow):
@@ -362,19 +356,17 @@ class _Refits:
                 self._note(pair, m)
         self.unsettled = float((swarm.shifts > UNSETTLED).double().mean())
 
-    def _in_turn(
-        self,
-        model: Callable,
-        guide: Any,  # noqa: ANN401
-        tick: Callable[[int, float], None],
-    ) -> None:
-        unsettled, kind = 0, guide
-        if isinstance(guide, str) and guide == "auto" and isinstance(self.pair.guide, Guide):
-            kind = type(self.pair.guide)()
+    def _in_turn(self, guide: Any, tick: Callable[[int, float], None]) -> None:  # noqa: ANN401
+        """Fit one after the other, in the units of the data that were given."""
+        own, model = self.pair.guide, self.pair.model
+        is_auto = isinstance(guide, str) and guide == "auto"
+        if is_auto and isinstance(own, Guide) and not isinstance(owner_of(model), OffersGuide):
+            guide = type(own)()  # and no ladder
+        unsettled = 0
         for m in range(len(self.simulations)):
-            posterior = fit(
-                model, self.simulations[m], kind, seed=stream(self.seed, "fit", m), progress=False
-            )
+            seed = stream(self.seed, "fit", m)
+            with units_kept():
+                posterior = fit(model, self.simulations[m], guide, seed=seed, progress=False)
             unsettled += not posterior.converged
             with posterior.pair.entered(0):
                 self._note(posterior.pair, m)
@@ -401,7 +393,7 @@ class _Refits:
         """All that is ranked (P, F): latents, sorted where labels may swap, and log-likelihood."""
         num = len(next(iter(values.values())))
         found = []
-        for latent in pair.latents:
+        for latent in self.latents:
             value = values[latent.name].reshape(num, *latent.shape)
             if axes := self.axes.get(latent.name):
                 value = _in_order(value, axes)

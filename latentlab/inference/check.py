@@ -6,7 +6,6 @@ The same look prepares the pair for a fit: its own copy, its sites, its number o
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,7 +32,7 @@ from latentlab.guides import (
 )
 from latentlab.inference import faults as find
 from latentlab.inference import objectives, score
-from latentlab.inference.arguments import as_arguments, tell_columns, with_names
+from latentlab.inference.arguments import as_arguments, tell_columns
 from latentlab.inference.batches import chosen, follows_rows, num_rows, take
 from latentlab.inference.copying import copy_pair
 from latentlab.inference.devices import CPU
@@ -50,6 +49,7 @@ from latentlab.inference.pair import (
     plates_of,
 )
 from latentlab.inference.predictive import datum_plate
+from latentlab.inference.units import scale
 from latentlab.inference.values import is_discrete, is_scored
 from latentlab.protocols import OffersGuide, ScalesToData, owner_of
 
@@ -165,7 +165,7 @@ def prepare(
         if not (arguments.args or arguments.kwargs):
             name = type(owner).__name__
             raise ValueError(f"data: {name} is fitted to rows, got none; give it a table of them")
-        _scale(owner, arguments, None if whole is None else as_arguments(whole, model))
+        scale(owner, arguments, None if whole is None else as_arguments(whole, model))
     floating = [t.dtype for t in arguments.tensors() if t.is_floating_point()]
     dtype = floating[0] if floating else torch.get_default_dtype()
     pair = Pair(model, guide_function, arguments, dtype, device=device)
@@ -206,17 +206,6 @@ def _expect_arguments(model: Callable, data: Arguments) -> None:
             f"data: size, the number of rows that x stands for, got shape {tuple(size.shape)}; "
             "weights of rows need a model that takes them"
         )
-
-
-def _scale(owner: ScalesToData, data: Arguments, whole: Arguments | None) -> None:
-    """Take units from the data; warnings and refusals are of the rows as they were given."""
-    parts = [data] if whole is None else [whole, data]
-    for k, part in enumerate(parts):
-        args, kwargs = with_names(part)  # for its warnings
-        with warnings.catch_warnings():
-            if k:
-                warnings.simplefilter("ignore")
-            owner.scale_to(*args, **kwargs)
 
 
 def _look_at_all(pair: Pair, wants_guide: bool) -> tuple[list[Fault], str | None]:

@@ -47,8 +47,9 @@ def paired_noise(num_draws: int, num_latents: int, seed: int) -> Tensor:
         >>> bool((eps[::2] == -eps[1::2]).all()), (eps.T @ eps / 8).round(decimals=6).abs().trace()
         (True, tensor(2., dtype=torch.float64))
     """
-    generator = torch.Generator().manual_seed(seed)
-    half = torch.randn(num_draws // 2, num_latents, generator=generator, dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    shape = num_draws // 2, num_latents
+    half = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     if len(half) > num_latents:
         size, axes = torch.linalg.eigh(half.T @ half / len(half))
         half = half @ (axes * size.rsqrt()) @ axes.T
@@ -88,7 +89,7 @@ class FixedDraws:
 
     def slope(self) -> tuple[Tensor, Tensor]:
         """The terms (S,) whose mean is the ELBO, and the gradient (K,) of that mean."""
-        terms, total = [], torch.zeros((), dtype=torch.float64)
+        terms, total = [], torch.zeros((), dtype=torch.float64, device="cpu")
         for eps in self.eps.split(particle_chunk(self.pair, len(self.eps))):
             part = self._terms(eps)
             total = total + _flat(torch.autograd.grad(part.sum(), self.parameters))

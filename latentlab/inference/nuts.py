@@ -36,6 +36,7 @@ from latentlab.guides import Guide, MeanField
 from latentlab.inference.chains import Chains
 from latentlab.inference.check import prepare
 from latentlab.inference.density import TracedDensity, log_density, trace_density
+from latentlab.inference.devices import CPU
 from latentlab.inference.pair import Pair
 from latentlab.inference.program import UntraceableError
 from latentlab.inference.sandbox import manual_seed, stream
@@ -171,8 +172,10 @@ def _sampled(
     return Chains(
         pair=pair,
         seed=seed,
-        draws=draws,
-        told={name: torch.stack([each.told[name] for each in found]) for name in found[0].told},
+        draws={site: value.cpu() for site, value in draws.items()},  # where figures are made
+        told={
+            name: torch.stack([each.told[name] for each in found]).cpu() for name in found[0].told
+        },
         backend=f"{used}: {why}" if why and backend == "auto" else used,
         seconds=seconds,
     )
@@ -203,6 +206,8 @@ def _as_sites(guide: Guide, points: Tensor) -> dict[str, Tensor]:
 
 def _traced(pair: Pair, guide: Guide, points: Tensor) -> tuple[TracedDensity | None, str]:
     """The density as a program, or why there is none."""
+    if pair.device != CPU:
+        return None, f"it is on {pair.device}, and XLA runs on the CPU here"
     missing = [name for name in ("jax", "blackjax") if importlib.util.find_spec(name) is None]
     if missing:
         return None, f"{' and '.join(missing)} not installed: pip install 'latentlab[xla]'"

@@ -319,7 +319,7 @@ class Posterior:
     def sandwich(self, num_samples: int = 10_000, seed: int | None = None) -> Sandwich:
         """The log evidence between its lower and upper bounds, from S draws.
 
-        See :func:`latentlab.diagnostics.sandwich` for how to read it.
+        See :func:`latentlab.diagnostics.sandwich` for how to read it. A point is refused.
         """
         from latentlab.inference import appraise
 
@@ -328,7 +328,7 @@ class Posterior:
     def sensitivity(self, num_samples: int = 4000, seed: int | None = None) -> Sensitivity:
         """How much the latents shared by all rows hang on their prior and on the data.
 
-        See :func:`latentlab.diagnostics.sensitivity` for how to read it.
+        See :func:`latentlab.diagnostics.sensitivity` for how to read it. A point is refused.
         """
         from latentlab.inference import appraise
 
@@ -339,6 +339,7 @@ class Posterior:
 
         See :func:`latentlab.diagnostics.elbo_parts` for how to read it. The KL of a latent is that
         given the latents before it; of a guide that cannot tell them apart, that of all together.
+        A point is refused.
         """
         from latentlab.inference import appraise
 

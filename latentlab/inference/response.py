@@ -152,7 +152,7 @@ def response_covariance(pair: Pair, seed: int, *, dense: bool | None = None) -> 
 
 
 def _by_matrix(product: Product, num: int, size: int) -> Tensor | None:
-    eye = torch.eye(num, dtype=torch.float64)
+    eye = torch.eye(num, dtype=torch.float64, device="cpu")
     matrix = torch.stack([product(row) for row in eye])
     factor, fault = torch.linalg.cholesky_ex((matrix + matrix.T) / 2)
     return None if fault else torch.cholesky_solve(eye[:, :size], factor)[:size]
@@ -160,7 +160,7 @@ def _by_matrix(product: Product, num: int, size: int) -> Tensor | None:
 
 def _one_by_one(product: Product, num: int, size: int) -> Tensor | None:
     columns = []
-    for row in torch.eye(num, dtype=torch.float64)[:size]:
+    for row in torch.eye(num, dtype=torch.float64, device="cpu")[:size]:
         column = conjugate_gradients(product, row)
         if column is None:
             return None

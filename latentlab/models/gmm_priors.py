@@ -183,7 +183,7 @@ def _conjugate(model: GaussianMixture, prior: Conjugate) -> dict[str, Tensor]:
             tril = correlation_tril(latents["correlations"], model.num_features)
             psi = psi * inverse_diagonal(tril)
         variance = dist.InverseGamma(dof / 2, psi / 2)
-        scale = dist.TransformedDistribution(variance, [PowerTransform(like.new_tensor(0.5))])
+        scale = dist.TransformedDistribution(variance, [PowerTransform(torch.tensor(0.5))])
         scale = scale if model.covariance == "spherical" else scale.to_event(1)
         latents["scales"] = scales = pyro.sample("scales", scale)
     with components:
