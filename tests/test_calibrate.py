@@ -215,3 +215,32 @@ def test_priors_keep_the_units_of_the_data_that_were_given(monkeypatch):
     assert len(units) == 10
     assert all(torch.equal(found, expected) for found in units)
     assert not torch.equal(ll.fit(model, 2 * x, progress=False).model.spread, expected)
+
+
+def test_whole_numbers_may_be_given_for_what_is_none(found):
+    again = ll.calibrate(normal, X.long(), num_simulations=200, progress=False)
+    assert again.ok, again
+
+
+def test_rows_that_count_twice_are_refused():
+    x = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="count more or less than once"):
+        ll.calibrate(ll.GaussianMixture(2, 1), (x, 2 * torch.ones(20)), progress=False)
+
+
+def test_a_model_that_observes_nothing_is_refused():
+    def prior(x):
+        pyro.sample("loc", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="observes nothing"):
+        ll.calibrate(prior, X, num_simulations=10, progress=False)
+
+
+def test_only_a_posterior_of_these_data_is_taken():
+    posterior = ll.fit(normal, X + 1, guide="full_rank", progress=False, num_restarts=1)
+    with pytest.raises(ValueError, match="expected a posterior of these data"):
+        ll.calibrate(normal, X, around=posterior, progress=False)
+    with pytest.raises(ValueError, match="expected a posterior of this model"):
+        ll.calibrate(line, (X[:, None].expand(10, 2), X), around=posterior, progress=False)
+    with pytest.raises(TypeError, match="expected a Posterior, got str"):
+        ll.calibrate(normal, X, around="posterior", progress=False)

@@ -34,6 +34,7 @@ from latentlab.inference import objectives
 from latentlab.inference.axes import labels_of
 from latentlab.inference.batches import num_rows
 from latentlab.inference.check import prepare
+from latentlab.inference.checkpoint import fingerprint
 from latentlab.inference.devices import CPU
 from latentlab.inference.engine import fit
 from latentlab.inference.networks import has_networks
@@ -185,7 +186,7 @@ def calibrate(
         pair = _looked_at(model, data, guide)
         axes = _sortable(pair)
         with pair.entered(stream(seed, "simulate")):
-            latents = None if around is None else around.sample(sizes[0], seed)
+            latents = None if around is None else _latents(pair, around, sizes[0], seed)
             simulations = simulate(pair, sizes[0], stream(seed, "simulate"), latents)
         if around is not None:
             simulations = _beside(simulations)
@@ -207,6 +208,18 @@ def calibrate(
         unsettled=refits.unsettled,
         seconds=time.perf_counter() - begin,
     )
+
+
+def _latents(pair: Pair, around: Posterior, num: int, seed: int) -> dict[str, Tensor]:
+    """Draws of a posterior of the same model and data."""
+    if not isinstance(around, Posterior):
+        raise TypeError(f"around: expected a Posterior, got {type(around).__name__}")
+    theirs = {z.name: z.shape for z in around.pair.latents}
+    if theirs != {z.name: z.shape for z in pair.latents}:
+        raise ValueError(f"around: expected a posterior of this model, got one of {theirs}")
+    if around.fitted_to != fingerprint(pair.data):
+        raise ValueError("around: expected a posterior of these data, got one of others")
+    return around.sample(num, seed)
 
 
 def _looked_at(model: Callable, data: Any, guide: Any) -> Pair:  # noqa: ANN401
@@ -340,7 +353,7 @@ class _Refits:
         return ""
 
     def _as_one(self, tick: Callable[[int, float], None]) -> None:
-        pair, M = self.pair, len(self.simulations)
+        pair, M = replace(self.pair, data=self.simulations[0]), len(self.simulations)
 
         def told(share: float) -> None:
             tick(round(share * M), math.nan)

@@ -85,10 +85,16 @@ def simulate(
         draws = Draws(batches, torch.zeros(num_simulations))
         drawn = predictive.replicate(replace(pair, summed_out=()), draws)
     found = {
-        k: drawn[site].reshape(num_simulations, *like.shape).to(like.dtype)
+        k: _as(drawn[site].reshape(num_simulations, *like.shape), like)
         for site, (k, like) in places.items()
     }
     return Simulations(truth, found, pair.data)
+
+
+def _as(drawn: Tensor, like: Tensor) -> Tensor:
+    """Draws in the type of the data; whole numbers may have been given for what is none."""
+    whole = not like.is_floating_point() and bool((drawn == drawn.round()).all())
+    return drawn.to(like.dtype) if whole or like.is_floating_point() else drawn
 
 
 def _from_prior(pair: Pair, num: int) -> dict[str, Tensor]:
@@ -117,6 +123,11 @@ def _places(pair: Pair) -> dict[str, tuple[int, Tensor]]:
         nodes = poutine.trace(pair.model).get_trace(*pair.data.args, **pair.data.kwargs).nodes
     found: dict[str, tuple[int, Tensor]] = {}
     for site in pair.observed:
+        if not bool((torch.as_tensor(nodes[site]["scale"]) == 1).all()):
+            raise ValueError(
+                f"data: rows of site {site!r} count more or less than once, and a row that is "
+                "simulated once is no row twice; leave the weights out, or repeat the rows"
+            )
         value = torch.as_tensor(nodes[site]["value"])
         for k, tensor in enumerate(tensors):
             if k in {place for place, _ in found.values()} or tensor.numel() != value.numel():
