@@ -21,7 +21,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from latentlab.diagnostics.estimate import Estimate, to_tensor
+from latentlab.diagnostics.arguments import strings, to_tensor
+from latentlab.diagnostics.estimate import Estimate
 from latentlab.diagnostics.psis import _axes
 
 if TYPE_CHECKING:
@@ -130,6 +131,12 @@ def elbo_parts(
         log-likelihood  x  -1.73 ± 0.03
         KL              z  0.56 ± 0.03
     """
+    for argument, parts in (("log_p", log_p), ("log_q", log_q)):
+        if not isinstance(parts, Mapping):
+            raise TypeError(
+                f"{argument}: expected site -> log-densities, got {type(parts).__name__}"
+            )
+    observed = strings(observed, "observed")
     p = {site: _draws(f"log_p[{site!r}]", values) for site, values in log_p.items()}
     q = {site: _draws(f"log_q[{site!r}]", values) for site, values in log_q.items()}
     _check(p, q, set(observed))
@@ -149,7 +156,7 @@ def elbo_parts(
 
 
 def _draws(name: str, values: ArrayLike | Tensor) -> Tensor:
-    draws = to_tensor(values).double()
+    draws = to_tensor(values, name).double()
     if draws.dim() != 1 or len(draws) < 2:
         raise ValueError(
             f"{name}: expected shape (S,) with at least 2 draws, got {tuple(draws.shape)}"

@@ -21,7 +21,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from latentlab.diagnostics.estimate import Estimate, to_tensor
+from latentlab.diagnostics.arguments import to_tensor
+from latentlab.diagnostics.estimate import Estimate
 from latentlab.diagnostics.psis import KhatTable, khat_per_column
 
 __all__ = ["RowEvidence", "row_evidence"]

@@ -19,12 +19,14 @@ Letters: S draws, F figures.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from latentlab.diagnostics.estimate import Estimate, to_tensor
+from latentlab.diagnostics.arguments import to_tensor, unit_of
+from latentlab.diagnostics.estimate import Estimate
 
 __all__ = ["MomentErrors", "moment_errors"]
 
@@ -81,7 +83,8 @@ def moment_errors(draws: ArrayLike | Tensor, log_weights: ArrayLike | Tensor) ->
         0 and ratio 1.
 
     Raises:
-        ValueError: for shapes that do not fit.
+        ValueError: for shapes that do not fit, draws that are not finite, or weights that are NaN
+            or infinite.
 
     Reference:
         | Pareto smoothed importance sampling (Vehtari et al., 2024)
@@ -95,12 +98,19 @@ def moment_errors(draws: ArrayLike | Tensor, log_weights: ArrayLike | Tensor) ->
         >>> print(errors.worst_ratio[1])
         0.80 ± 0.01
     """
-    x, log_w = to_tensor(draws).double(), to_tensor(log_weights).double()
+    x, log_w = to_tensor(draws, "draws").double(), to_tensor(log_weights, "log_weights").double()
     if x.dim() != 2 or log_w.shape != x.shape[:1] or len(x) < 2:
         raise ValueError(
             "draws, log_weights: expected shapes (S, F) and (S,) with S at least 2, got "
             f"{tuple(x.shape)} and {tuple(log_w.shape)}"
         )
+    if not x.isfinite().all():
+        raise ValueError(
+            f"draws: expected finite numbers, got {int((~x.isfinite()).sum())} others"
+        )
+    if not (log_w < math.inf).all() or (log_w == -math.inf).all():
+        raise ValueError("log_weights: expected numbers, one finite at least, none NaN or +inf")
+    x = x / unit_of(x, dim=0)
     w, even = log_w.softmax(0)[:, None], 1 / len(x)
     mean, sd = x.mean(0), x.std(0, correction=0)
     centre = (w * x).sum(0)
