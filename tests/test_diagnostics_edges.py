@@ -54,8 +54,8 @@ def test_errors_of_means_and_effective_sizes_are_those_of_any_units(factor):
 
 def test_units_are_those_of_each_column():
     units = np.array([1e300, 1e-300])
-    np.testing.assert_allclose(D.mcse(Z * units), D.mcse(Z) * units, rtol=1e-12)
-    assert torch.equal(D.ess(np.full((8, 1), 5e-324)), torch.tensor([8.0]).double())
+    np.testing.assert_allclose(D.mcse(Z * units), D.mcse(Z).numpy() * units, rtol=1e-12)
+    assert D.ess(np.full((8, 1), 5e-324)) == 8
 
 
 def test_an_infinite_draw_has_no_error():

@@ -53,8 +53,10 @@ def _from_array(values: ArrayLike, name: str) -> Tensor:
         reason = str(error).splitlines()[0]
         raise TypeError(f"{wrong}{type(values).__name__} ({reason})") from None
     if array.dtype.kind not in "biufc":
-        kind = "text" if array.dtype.kind in "US" else type(values).__name__
-        raise TypeError(f"{wrong}{kind}{': ' + repr(values)[:40] if kind == 'text' else ''}")
+        if array.dtype.kind in "US":
+            raise TypeError(f"{wrong}text: {str(array.ravel()[:1].tolist())[:40]}")
+        sparse = "; take .toarray()" if hasattr(values, "toarray") else ""
+        raise TypeError(f"{wrong}{type(values).__name__}{sparse}")
     if array.dtype.kind in "fc":  # no extended precision, and bytes in the machine's order
         wide = "complex128" if array.dtype.kind == "c" else "float64"
         array = array.astype(wide if array.dtype.itemsize > 8 else array.dtype.newbyteorder("="))

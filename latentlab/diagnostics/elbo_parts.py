@@ -131,11 +131,11 @@ def elbo_parts(
         log-likelihood  x  -1.73 ± 0.03
         KL              z  0.56 ± 0.03
     """
-    for argument, parts in (("log_p", log_p), ("log_q", log_q)):
+    plates = {} if plates is None else plates
+    for argument, parts in (("log_p", log_p), ("log_q", log_q), ("plates", plates)):
         if not isinstance(parts, Mapping):
-            raise TypeError(
-                f"{argument}: expected site -> log-densities, got {type(parts).__name__}"
-            )
+            kind = "plate" if argument == "plates" else "log-densities"
+            raise TypeError(f"{argument}: expected site -> {kind}, got {type(parts).__name__}")
     observed = strings(observed, "observed")
     p = {site: _draws(f"log_p[{site!r}]", values) for site, values in log_p.items()}
     q = {site: _draws(f"log_q[{site!r}]", values) for site, values in log_q.items()}
@@ -149,7 +149,7 @@ def elbo_parts(
     se = Estimate.from_draws(torch.stack(list(added.values())).sum(0)).se
     groups: dict[str, list[Tensor]] = {}
     for site, values in added.items():
-        if plates is not None and site in plates:
+        if site in plates:
             groups.setdefault(plates[site], []).append(values)
     by_plate = {g: Estimate.from_draws(torch.stack(v).sum(0)) for g, v in groups.items()}
     return ElboParts(Estimate(value, se), likelihood, kl, by_plate)
