@@ -166,7 +166,7 @@ def test_a_unit_is_a_power_of_two_that_leaves_no_square_out_of_range():
         assert 0 < (value / unit) ** 2 < np.inf
     assert unit_of(torch.zeros(3).double()) == 1
     assert unit_of(torch.tensor([1e300, np.inf], dtype=torch.float64)) == 1
-    assert unit_of(torch.zeros(0, 2).double(), dim=0).shape == (2,)
+    assert unit_of(torch.zeros(4, 0).double(), dim=0).shape == (0,)
     both = unit_of(torch.tensor([[1.0, 6.0]]).double(), torch.tensor([[9.0, 3.0]]).double(), dim=0)
     assert both.tolist() == [16, 8]
 
@@ -224,6 +224,14 @@ def test_options_are_checked(call, error, message):
         warnings.simplefilter("error")
         with pytest.raises(error, match=message):
             call()
+
+
+@pytest.mark.parametrize("factor", [1e-290, 1e290])
+def test_densities_are_drawn_in_any_units(factor):
+    plain, scaled = D.plot_densities(P, MANY), D.plot_densities(MANY[0] * factor, MANY * factor)
+    assert len(scaled.lines) == len(plain.lines)
+    x, y = (torch.tensor(v) for v in scaled.lines[0].get_data())
+    assert float(torch.trapezoid(y * factor, x / factor)) == pytest.approx(1, abs=0.05)
 
 
 def test_statistics_may_be_numbers_of_any_kind():

@@ -181,6 +181,33 @@ def test_statistics_far_out_are_told():
     assert found.z[0] > 5
 
 
+@pytest.mark.parametrize("factor", EDGES)
+def test_replicates_are_compared_in_any_units(factor):
+    y, *rep = np.random.default_rng(3).normal(size=(101, 30))
+    plain = D.ppc(y, rep, ordered=True)
+    scaled = D.ppc(y * factor, np.array(rep) * factor, ordered=True)
+    assert scaled.p_value == plain.p_value
+    assert torch.equal(scaled.p_values, plain.p_values)
+    assert torch.equal(scaled.observed[:4], plain.observed[:4] * factor)
+    assert torch.equal(scaled.z, plain.z)
+
+
+def test_weight_on_one_draw_is_no_sign_that_moments_are_right():
+    found = D.moment_errors(Z, Z[:, 0] * 1e300)
+    assert found.ratio.isinf().all()
+    assert found.shift.isinf().all()
+    assert found.shift_se.isnan().all()
+
+
+def test_scores_far_apart_are_not_as_good():
+    rows = -((Z[:, :1] - np.linspace(-1, 1, 20)) ** 2) / 2
+    far = np.linspace(1, 2, 20) * rows
+    found = D.compare({"a": D.loo(far * 1e200), "b": D.loo(rows)})
+    assert found.best == "b"
+    assert math.isfinite(found.differences[1].se)
+    assert not found.as_good
+
+
 def test_encodings_that_are_not_numbers_are_no_collapse():
     for bad in (np.nan, np.inf, 1e200):
         with pytest.raises(ValueError, match="loc: expected finite numbers below 1e\\+150"):

@@ -86,12 +86,7 @@ def unit_of(*parts: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
         dim: the axes to take the largest over, one unit for each index of the others; by default
             all. Of several tensors they are the same axes.
     """
-    sizes = []
-    for part in parts:
-        size = part.abs()
-        if size.numel() == 0:
-            size = size.new_zeros([1] * size.dim())
-        sizes.append(size.amax() if dim is None else size.amax(dim))
+    sizes = [part.abs().amax(() if dim is None else dim) for part in parts]
     largest = torch.stack(torch.broadcast_tensors(*sizes)).amax(0)
     largest = torch.where(largest.isfinite() & (largest > 0), largest, 0.5)
     power = torch.frexp(largest).exponent.double().clamp(-_MOST_POWER, _MOST_POWER)

@@ -29,7 +29,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from latentlab.diagnostics.arguments import to_tensor
+from latentlab.diagnostics.arguments import to_tensor, unit_of
 from latentlab.diagnostics.estimate import Estimate
 from latentlab.diagnostics.psis import KhatTable, _axes, psis, psis_per_column
 
@@ -237,5 +237,7 @@ def total(pointwise: Tensor) -> Estimate:
         pointwise: a figure of each row, shape (N,).
     """
     N = len(pointwise)
-    se = math.sqrt(N) * float(pointwise.std(correction=0)) if N > 1 else math.nan
-    return Estimate(float(pointwise.sum()), se)
+    unit = float(unit_of(pointwise))
+    parts = pointwise / unit
+    se = math.sqrt(N) * float(parts.std(correction=0)) * unit if N > 1 else math.nan
+    return Estimate(float(parts.sum()) * unit, se)

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
@@ -80,7 +81,7 @@ def moment_errors(draws: ArrayLike | Tensor, log_weights: ArrayLike | Tensor) ->
 
     Returns:
         Shift and ratio of each figure, with standard errors. A figure that does not vary has shift
-        0 and ratio 1.
+        0 and ratio 1; where all weight is on one value both are infinite, and errors NaN.
 
     Raises:
         ValueError: for shapes that do not fit, draws that are not finite, or weights that are NaN
@@ -115,16 +116,26 @@ def moment_errors(draws: ArrayLike | Tensor, log_weights: ArrayLike | Tensor) ->
     mean, sd = x.mean(0), x.std(0, correction=0)
     centre = (w * x).sum(0)
     spread = (w * (x - centre) ** 2).sum(0).sqrt()
-    flat = (sd == 0) | (spread == 0)
-    sd, spread = sd.where(~flat, 1.0), spread.where(~flat, 1.0)
+    flat, point = sd == 0, (sd > 0) & (spread == 0)
+    nothing = flat | point
+    sd, spread = sd.where(~nothing, 1.0), spread.where(~nothing, 1.0)
     at, weighted = (x - mean) / sd, (x - centre) / spread
     # What one draw adds to each difference; they are independent up to the normalisation.
     shift_parts = (even - w) * weighted
     log_ratio_parts = (even * (at**2 - 1) - w * (weighted**2 - 1)) / 2
-    ratio = (sd / spread).where(~flat, 1.0)
+    shift, ratio = (mean - centre) / spread, sd / spread
+    shift_se = shift_parts.square().sum(0).sqrt()
+    ratio_se = ratio * log_ratio_parts.square().sum(0).sqrt()
+    endless = torch.full_like(shift, math.inf).copysign(shift)
+    found = zip(
+        (shift, shift_se, ratio, ratio_se),
+        (0.0, 0.0, 1.0, 0.0),
+        (endless, math.nan, math.inf, math.nan),
+        strict=True,
+    )
     return MomentErrors(
-        ((mean - centre) / spread).where(~flat, 0.0),
-        shift_parts.square().sum(0).sqrt().where(~flat, 0.0),
-        ratio,
-        (ratio * log_ratio_parts.square().sum(0).sqrt()).where(~flat, 0.0),
+        *(
+            torch.where(point, torch.as_tensor(if_point), value.where(~flat, if_flat))
+            for value, if_flat, if_point in found
+        )
     )

@@ -404,11 +404,13 @@ def plot_densities(
 
     y, rep = _checked(observed, replicated, 1)
     ax = _axes(ax)
+    unit = float(unit_of(y, rep[:_MOST_DRAWN]))
+    y, rep = y / unit, rep / unit
     both = torch.cat([y[:, 0], rep[:_MOST_DRAWN, :, 0].flatten()])
     low, high = both.quantile(torch.tensor([0.001, 0.999]).double()).tolist()
     low, high = min(low, float(y.min())), max(high, float(y.max()))
     reach = (high - low) or 1.0
-    grid = torch.linspace(low - 0.05 * reach, high + 0.05 * reach, 200)
+    grid = torch.linspace(low - 0.05 * reach, high + 0.05 * reach, 200, dtype=torch.float64)
 
     def density(values: Tensor) -> np.ndarray:
         if values.max() == values.min():
@@ -420,8 +422,8 @@ def plot_densities(
         return estimate(grid.numpy())
 
     for r in rep[:_MOST_DRAWN, :, 0]:
-        ax.plot(grid, density(r), color="C0", alpha=0.2, linewidth=0.8)
-    ax.plot(grid, density(y[:, 0]), color="0.1", linewidth=2, label="data")
+        ax.plot(grid * unit, density(r) / unit, color="C0", alpha=0.2, linewidth=0.8)
+    ax.plot(grid * unit, density(y[:, 0]) / unit, color="0.1", linewidth=2, label="data")
     ax.plot([], [], color="C0", alpha=0.5, label="replicates")
     ax.legend(fontsize="small")
     ax.set(xlabel="value", ylabel="density")

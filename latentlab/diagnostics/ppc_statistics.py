@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from latentlab.diagnostics.arguments import to_tensor
+from latentlab.diagnostics.arguments import to_tensor, unit_of
 
 __all__ = ["Statistic", "default_statistics", "lag", "named", "values_of"]
 
@@ -22,11 +22,13 @@ def default_statistics(
 ) -> tuple[tuple[str, ...], Tensor, Tensor]:
     """Names, and values for the data (T,) and for each replicate (R, T)."""
     both = torch.cat([y[None], rep])  # (R + 1, N, D)
+    unit = unit_of(both, dim=(0, 1))
+    both = both / unit
     parts = {
-        "mean": both.mean(1),
-        "sd": both.std(1),
-        "min": both.amin(1),
-        "max": both.amax(1),
+        "mean": both.mean(1) * unit,
+        "sd": both.std(1) * unit,
+        "min": both.amin(1) * unit,
+        "max": both.amax(1) * unit,
     }
     if ((y >= 0) & (y == y.round())).all():
         parts["zeros"] = (both == 0).double().mean(1)
@@ -45,6 +47,7 @@ def named(statistic: str, y: Tensor) -> tuple[str, ...]:
 
 def lag(both: Tensor) -> Tensor:
     """Correlation of neighbouring rows, (R, N, D) -> (R, D)."""
+    both = both / unit_of(both, dim=1)[:, None]
     centred = both - both.mean(1, keepdim=True)
     total = centred.square().sum(1)
     return (centred[:, 1:] * centred[:, :-1]).sum(1) / total.where(total > 0, 1.0)

@@ -154,7 +154,7 @@ class Stein:
         if math.isnan(self.largest):
             return "not known whether draws fit the target: z-scores are NaN"
         bound = min(self.largest / 2, 1e3)  # which may be infinite
-        named = [f"{text} (z = {z:.1f})" for z, text in self.worst[:_SHOWN] if abs(z) > bound]
+        named = [f"{text} (z = {_short(z)})" for z, text in self.worst[:_SHOWN] if abs(z) > bound]
         return (
             f"draws do not belong to the target: {'; '.join(named)} "
             f"(p = {self.p_value:.1g} over {self.num_tests} z-scores)"
@@ -226,7 +226,7 @@ def stein(
         rows = [_against(centred[:, :, i, None] * g, none)[2] for i in range(L)]
         pair_z = torch.stack(rows).fill_diagonal_(0.0)
     slope, slope_se = (part * unit_g for part in (slope, slope_se))
-    spread, spread_se = (part * unit_u * unit_g for part in (spread, spread_se))
+    spread, spread_se = (part * unit_u * unit_g + 0.0 for part in (spread, spread_se))
     return Stein(called, slope, slope_se, slope_z, spread, spread_se, spread_z, pair_z, float(ess))
 
 
@@ -266,6 +266,10 @@ def _chains(values: ArrayLike | Tensor, argument: str) -> Tensor:
             f"(first at draw {where[0]}, latent {where[1]})"
         )
     return chains
+
+
+def _short(z: float) -> str:
+    return f"{z:.1f}" if abs(z) < 1e6 else f"{z:.2g}"
 
 
 def _lists(*columns: Tensor) -> list[list[float]]:
