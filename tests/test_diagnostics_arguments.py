@@ -152,7 +152,9 @@ def test_half_precision_and_counts_are_taken():
 def test_whole_numbers_are_not_cut_short():
     rows = np.random.default_rng(0).integers(-3, 0, (120, 4))
     for same in (rows, rows.astype(np.int8), torch.tensor(rows)):
-        assert torch.allclose(D.loo(same).pointwise, D.loo(rows.astype(float)).pointwise)
+        found, exact = D.loo(same), D.loo(rows.astype(float))
+        assert torch.allclose(found.pointwise, exact.pointwise)
+        assert found.p_loo.value == pytest.approx(exact.p_loo.value)
     yes = rows < -1
     assert torch.equal(D.loo(yes).pointwise, D.loo(yes.astype(float)).pointwise)
     y = np.ones(4, bool)
@@ -172,6 +174,7 @@ def test_a_unit_is_a_power_of_two_that_leaves_no_square_out_of_range():
 
 
 SCORE = D.loo(MANY)
+STUDENT, NORMAL = torch.distributions.StudentT(5.0), torch.distributions.Normal(0.0, 1.0)
 LOG_P = {"x": LOGS}
 
 
@@ -216,6 +219,10 @@ LOG_P = {"x": LOGS}
         (lambda: D.rootogram([0, 1e12], np.ones((20, 2))), ValueError, "expected counts up to"),
         (lambda: D.reliability(P, P > 0, seed=-1), ValueError, "seed: expected at least 0"),
         (lambda: D.information(Z, Z**2, num_samples=20.5), TypeError, "num_samples: expected a"),
+        (lambda: D.collapse(Z, threshold="a"), ValueError, "threshold: expected .* got 'a'"),
+        (lambda: D.kl(STUDENT, NORMAL, num_samples=1.5), TypeError, "num_samples: expected a"),
+        (lambda: D.kl(STUDENT, NORMAL, num_samples=1), ValueError, "num_samples: .* at least 2"),
+        (lambda: D.kl(STUDENT, NORMAL, seed=-1), ValueError, "seed: expected at least 0"),
         (lambda: D.kl_from_draws(1.0, 2.0), ValueError, "values: expected shape"),
     ],
 )

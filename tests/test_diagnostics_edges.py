@@ -25,6 +25,7 @@ def test_scores_of_another_size_are_no_fit(factor):
 @pytest.mark.parametrize("factor", EDGES)
 def test_identities_hold_in_any_units(factor):
     plain, scaled = D.stein(Z, -Z), D.stein(Z * factor, -Z / factor)
+    assert plain.ok
     assert scaled.largest == plain.largest
     assert torch.equal(scaled.spread, plain.spread)
     assert torch.equal(scaled.slope, plain.slope / factor)

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from numpy.typing import ArrayLike
@@ -115,6 +116,8 @@ def collapse(
         1 of 2 latent dimensions is inactive (z[1])
     """
     loc = _matrix(loc, "loc")
+    if not (isinstance(threshold, Real) and threshold >= 0):
+        raise ValueError(f"threshold: expected a number from 0, got {threshold!r}")
     N = len(loc)
     square = (loc - loc.mean(0)) ** 2
     variance = square.mean(0) * N / (N - 1)

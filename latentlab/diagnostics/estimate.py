@@ -116,6 +116,7 @@ def log_mean_exp(
         | Importance weighted autoencoders (Burda, Grosse and Salakhutdinov, 2016)
 
     Example:
+        >>> import torch
         >>> print(log_mean_exp(torch.tensor([1.0, 2.0, 3.0]).log()))
         0.7 ± 0.3
     """

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
-from latentlab.diagnostics.arguments import to_tensor
+from latentlab.diagnostics.arguments import to_tensor, whole
 from latentlab.diagnostics.estimate import Estimate
 from latentlab.seeds import seeded
 
@@ -57,7 +57,8 @@ def kl(p: Distribution, q: Distribution, num_samples: int = 10_000, seed: int = 
         try:
             return Estimate(kl_divergence(p, q).double().sum().item(), 0.0)
         except NotImplementedError:
-            return _by_draws(p, q, num_samples, seed)
+            num_samples = whole(num_samples, "num_samples", 2)
+            return _by_draws(p, q, num_samples, whole(seed, "seed", 0))
 
 
 def kl_from_draws(log_p: ArrayLike | Tensor, log_q: ArrayLike | Tensor) -> Estimate:
