@@ -175,7 +175,10 @@ def test_plot_names_what_is_found():
         ((np.zeros((100, 1)), np.zeros(100), np.full(100, -np.inf)), "log_lik: .* got 100"),
         ((np.full((100, 1), np.nan), np.zeros(100), np.zeros(100)), "draws: expected finite"),
         ((np.zeros((100, 1)), np.zeros(100), np.zeros(100), np.zeros(9)), "log_weights: expected"),
-        ((np.zeros((100, 1)), np.zeros(100), np.zeros(100), None, "ab"), "names: expected 1 of"),
+        (
+            (np.zeros((100, 1)), np.zeros(100), np.zeros(100), None, ["a", "b"]),
+            "names: expected 1 of",
+        ),
     ],
 )
 def test_faults_are_named(arguments, message):

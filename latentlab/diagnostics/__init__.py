@@ -1,4 +1,8 @@
-"""Diagnostics: pure functions of arrays and callables, which know no model and no guide."""
+"""Diagnostics: pure functions of arrays and callables, which know no model and no guide.
+
+All take tensors, arrays or lists of real numbers; anything else is a ``TypeError`` that names the
+argument. Half precision is taken as float32, true and false as 1 and 0.
+"""
 
 from latentlab.diagnostics.calibration import Sbc, Tarp, holm, sbc, sbc_ranks, tarp
 from latentlab.diagnostics.collapse import Collapse, collapse, kl_per_dimension

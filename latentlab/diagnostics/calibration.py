@@ -28,8 +28,9 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from latentlab.diagnostics.arguments import labels, to_tensor, unit_of, whole
 from latentlab.diagnostics.ecdf import Uniformity, uniformity
-from latentlab.diagnostics.estimate import Estimate, to_tensor
+from latentlab.diagnostics.estimate import Estimate
 from latentlab.diagnostics.psis import _axes
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ __all__ = ["Sbc", "Tarp", "holm", "sbc", "sbc_ranks", "tarp"]
 _LEVEL = 0.05
 _OUTER = 0.1  # share of draws at each end, whose count tells the width
 _SHOWN = 4  # quantities by name
+_MOST = 1e150  # whose square a double can hold
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -166,15 +168,16 @@ def sbc(ranks: ArrayLike | Tensor, num_draws: int, names: Sequence[str] | None =
         >>> print(sbc(sbc_ranks(truth, draws), 100, ["right", "narrow"]))
         not calibrated: narrow too narrow (U-shape), sd about 0.6... of what it should be ...
     """
-    r = to_tensor(ranks)
+    r = to_tensor(ranks, "ranks")
     if r.dim() != 2 or 0 in r.shape:
         raise ValueError(
             f"ranks: expected shape (M, F), got {tuple(r.shape)}; for one quantity use "
             "ranks[:, None]"
         )
-    labels = _labels(names, r.shape[1])
+    num_draws = whole(num_draws, "num_draws", 1)
+    called = labels(names, r.shape[1], "quantity", "quantity")
     found = []
-    for f, label in enumerate(labels):
+    for f, label in enumerate(called):
         try:
             found.append(uniformity(r[:, f], num_draws))
         except ValueError as error:
@@ -182,7 +185,7 @@ def sbc(ranks: ArrayLike | Tensor, num_draws: int, names: Sequence[str] | None =
     edge = max(round(_OUTER * (num_draws + 1)), 1)
     outer = ((r < edge) | (r > num_draws - edge)).double().mean(0)
     return Sbc(
-        labels,
+        called,
         tuple(found),
         holm([one.p_value for one in found]),
         outer,
@@ -213,7 +216,7 @@ def sbc_ranks(truth: ArrayLike | Tensor, draws: ArrayLike | Tensor, seed: int = 
         tensor([[1],
                 [2]])
     """
-    t, d = to_tensor(truth), to_tensor(draws)
+    t, d = to_tensor(truth, "truth"), to_tensor(draws, "draws")
     if t.dim() != 2 or d.dim() != 3 or t.shape != (d.shape[0], d.shape[2]) or 0 in d.shape:
         raise ValueError(
             "truth, draws: expected shapes (M, F) and (M, S, F), got "
@@ -224,7 +227,7 @@ def sbc_ranks(truth: ArrayLike | Tensor, draws: ArrayLike | Tensor, seed: int = 
             where = value.isnan().nonzero()[0].tolist()
             raise ValueError(f"{argument}: expected numbers, got NaN (first at {where})")
     below, ties = (d < t[:, None]).sum(1), (d == t[:, None]).sum(1)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(whole(seed, "seed", 0))
     u = torch.rand(t.shape, generator=generator, dtype=torch.float64)
     return below + (u * (ties + 1)).long()
 
@@ -321,7 +324,8 @@ def tarp(
         >>> print(tarp(truth, draws * 0.5 + y[:, None] / 4, y / 2))
         does not cover as it should: ...
     """
-    t, d, r = (to_tensor(v).double() for v in (truth, draws, references))
+    handed_in = {"truth": truth, "draws": draws, "references": references}
+    t, d, r = (to_tensor(v, argument).double() for argument, v in handed_in.items())
     if t.dim() != 2 or d.dim() != 3 or t.shape != (d.shape[0], d.shape[2]) or r.shape != t.shape:
         raise ValueError(
             "truth, draws, references: expected shapes (M, F), (M, S, F) and (M, F), got "
@@ -331,10 +335,19 @@ def tarp(
         if not value.isfinite().all():
             where = (~value.isfinite()).nonzero()[0].tolist()
             raise ValueError(f"{argument}: expected finite numbers, not so first at {where}")
+    unit = unit_of(t, dim=0)
+    t, d, r = (v / unit for v in (t, d, r))
     sd = t.std(0)
-    unit = torch.where(sd > 0, sd, 1.0)
-    near = ((d - r[:, None]) / unit).square().sum(2)  # (M, S)
-    ranks = sbc_ranks(((t - r) / unit).square().sum(1, keepdim=True), near[:, :, None], seed)
+    sd = torch.where(sd > 0, sd, 1.0)
+    far, near = ((t - r) / sd)[:, None], (d - r[:, None]) / sd  # (M, 1, F), (M, S, F)
+    for value, argument in ((far, "references"), (near, "draws")):
+        if not (value.abs() < _MOST).all():
+            raise ValueError(
+                f"{argument}: expected numbers within {_MOST:g} standard deviations of truth, got "
+                f"{float(value.abs().max()):g}; are they in the same units?"
+            )
+    truths, others = far.square().sum(2), near.square().sum(2)[:, :, None]
+    ranks = sbc_ranks(truths, others, seed)
     test = uniformity(ranks[:, 0], d.shape[1])
     coverage = (test.points + test.difference).clamp(0, 1)
     return Tarp(test.points, coverage, (coverage * (1 - coverage) / len(t)).sqrt(), test)
@@ -358,14 +371,7 @@ def holm(p_values: Sequence[float] | Tensor) -> Tensor:
         >>> holm([0.01, 0.04, 0.03])
         tensor([0.0300, 0.0600, 0.0600], dtype=torch.float64)
     """
-    p = np.asarray(p_values, float)
+    p = to_tensor(p_values, "p_values").double().numpy()
     order = np.argsort(p)
     adjusted = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
     return torch.from_numpy(adjusted[np.argsort(order)])
-
-
-def _labels(names: Sequence[str] | None, num: int) -> tuple[str, ...]:
-    labels = tuple(names) if names is not None else tuple(f"quantity[{f}]" for f in range(num))
-    if len(labels) != num:
-        raise ValueError(f"names: expected {num}, one for each quantity, got {len(labels)}")
-    return labels

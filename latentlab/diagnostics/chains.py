@@ -9,7 +9,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from latentlab.diagnostics.estimate import to_tensor
+from latentlab.diagnostics.arguments import to_tensor
 
 __all__ = ["halves", "to_chains", "z_scores"]
 
@@ -23,7 +23,7 @@ def to_chains(x: ArrayLike | Tensor) -> Tensor:
     Raises:
         ValueError: for other shapes, or fewer than four draws.
     """
-    chains = to_tensor(x).double()
+    chains = to_tensor(x, "x").double()
     if chains.dim() == 2:
         chains = chains[None]
     if chains.dim() != 3 or chains.shape[0] == 0 or chains.shape[1] < 4:

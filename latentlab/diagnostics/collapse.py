@@ -24,17 +24,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from latentlab.diagnostics.estimate import Estimate, to_tensor
+from latentlab.diagnostics.arguments import to_tensor
+from latentlab.diagnostics.estimate import Estimate
 
 __all__ = ["Collapse", "collapse", "kl_per_dimension"]
 
 _THRESHOLD = 0.01
 _SHOWN = 8  # dimensions by number
+_MOST = 1e150  # whose square a double can hold
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +116,8 @@ def collapse(
         1 of 2 latent dimensions is inactive (z[1])
     """
     loc = _matrix(loc, "loc")
+    if not (isinstance(threshold, Real) and threshold >= 0):
+        raise ValueError(f"threshold: expected a number from 0, got {threshold!r}")
     N = len(loc)
     square = (loc - loc.mean(0)) ** 2
     variance = square.mean(0) * N / (N - 1)
@@ -156,9 +161,14 @@ def kl_per_dimension(loc: ArrayLike | Tensor, scale: ArrayLike | Tensor) -> Tens
 
 
 def _matrix(values: ArrayLike | Tensor, argument: str) -> Tensor:
-    matrix = to_tensor(values).double()
+    matrix = to_tensor(values, argument).double()
     if matrix.dim() != 2 or len(matrix) < 2:
         raise ValueError(
             f"{argument}: expected shape (N, L) with at least 2 rows, got {tuple(matrix.shape)}"
+        )
+    if not (matrix.abs() < _MOST).all():
+        where = (~(matrix.abs() < _MOST)).nonzero()[0].tolist()
+        raise ValueError(
+            f"{argument}: expected finite numbers below {_MOST:g}, not so first at {where}"
         )
     return matrix

@@ -174,6 +174,13 @@ def compare(scores: Mapping[str, Loo]) -> Comparison:
         >>> found.best, found.as_good
         ('a', ())
     """
+    if not isinstance(scores, Mapping):
+        raise TypeError(f"scores: expected name -> result of loo, got {type(scores).__name__}")
+    for name, score in scores.items():
+        if not isinstance(score, Loo):
+            raise TypeError(
+                f"scores[{name!r}]: expected a result of loo, got {type(score).__name__}"
+            )
     if len(scores) < 2:
         raise ValueError(f"scores: expected at least two models, got {list(scores)}")
     sizes = {name: len(score.pointwise) for name, score in scores.items()}

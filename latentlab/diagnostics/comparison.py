@@ -16,6 +16,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from latentlab.diagnostics.arguments import labels, to_tensor, unit_of
 from latentlab.diagnostics.distances import (
     C2st,
     Mmd,
@@ -25,7 +26,7 @@ from latentlab.diagnostics.distances import (
     sliced_wasserstein,
 )
 from latentlab.diagnostics.ess import ess, mcse
-from latentlab.diagnostics.estimate import Estimate, to_tensor
+from latentlab.diagnostics.estimate import Estimate
 from latentlab.diagnostics.psis import _axes
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["DrawComparison", "compare_draws"]
 
 _FEWEST = 20
+_FARTHEST = 1e150  # whose square a double can hold
 _MOST = 1000  # draws of each set, thinned, for the distances
 
 
@@ -136,20 +138,26 @@ def compare_draws(
     F = a.shape[2]
     if r.shape[2] != F:
         raise ValueError(f"reference: expected {F} quantities as of x, got {r.shape[2]}")
-    labels = tuple(names) if names is not None else tuple(f"x[{f}]" for f in range(F))
-    if len(labels) != F:
-        raise ValueError(f"names: expected {F}, one for each quantity, got {len(labels)}")
+    called = labels(names, F, "x", "quantity")
+    units = unit_of(r, dim=(0, 1))
+    a, r = a / units, r / units
     flat_a, flat_r = a.flatten(0, 1), r.flatten(0, 1)
     centre, unit = flat_r.mean(0), flat_r.std(0)
     if not (unit > 0).all():
-        still = labels[int((unit == 0).nonzero()[0])]
+        still = called[int((unit == 0).nonzero()[0])]
         raise ValueError(f"reference: expected quantities that vary, {still} does not")
-    sd = flat_a.std(0)
+    if not (((a - centre) / unit).abs() < _FARTHEST).all():
+        raise ValueError(
+            f"x: expected numbers within {_FARTHEST:g} standard deviations of the reference; are "
+            "they in the same units?"
+        )
+    of_a = unit_of(flat_a, dim=0)
+    sd = (flat_a / of_a).std(0) * of_a
     spread_a = mcse(((a - flat_a.mean(0)) / sd.where(sd > 0, 1.0)) ** 2) / 2
     spread_r = mcse(((r - centre) / unit) ** 2) / 2  # errors of the logs of the sds
     thin_a, thin_r = ((v - centre) / unit for v in (_thinned(a), _thinned(r)))
     return DrawComparison(
-        labels,
+        called,
         (flat_a.mean(0) - centre) / unit,
         (mcse(a).square() + mcse(r).square()).sqrt() / unit,
         (sd / unit).log(),
@@ -170,7 +178,7 @@ def _thinned(chains: Tensor) -> Tensor:
 
 
 def _chains(values: ArrayLike | Tensor, argument: str) -> Tensor:
-    chains = to_tensor(values).double()
+    chains = to_tensor(values, argument).double()
     if chains.dim() == 2:
         chains = chains[None]
     if chains.dim() != 3 or 0 in chains.shape or chains.shape[1] < _FEWEST:

@@ -24,8 +24,9 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from latentlab.diagnostics.calibration import _labels, holm
-from latentlab.diagnostics.estimate import Estimate, to_tensor
+from latentlab.diagnostics.arguments import labels, to_tensor, unit_of, whole
+from latentlab.diagnostics.calibration import holm
+from latentlab.diagnostics.estimate import Estimate
 from latentlab.diagnostics.psis import _axes
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ __all__ = ["Contraction", "Coverage", "contraction", "coverage"]
 
 _LEVELS = (0.5, 0.8, 0.9, 0.95)
 _SMALL = 0.05
+_FEWEST = 10
+_MOST = 1e150  # whose square a double can hold
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -111,7 +114,8 @@ def coverage(
         Shares with binomial errors, and p-values.
 
     Raises:
-        ValueError: for other shapes, or levels or ranks out of range.
+        ValueError: for other shapes, fewer than ten simulations, ranks that are no whole numbers,
+            or levels or ranks out of range.
 
     Example:
         >>> r = torch.randint(0, 100, (400, 1), generator=torch.Generator().manual_seed(0))
@@ -120,22 +124,31 @@ def coverage(
     """
     from scipy.stats import binomtest  # imported late, as it takes long
 
-    r = to_tensor(ranks)
+    r = to_tensor(ranks, "ranks")
     if r.dim() != 2 or 0 in r.shape:
         raise ValueError(
             f"ranks: expected shape (M, F), got {tuple(r.shape)}; for one quantity use "
             "ranks[:, None]"
         )
+    num_draws = whole(num_draws, "num_draws", 1)
+    M, F = r.shape
+    if M < _FEWEST:
+        raise ValueError(f"ranks: expected at least {_FEWEST} simulations, got {M}")
     if ((r < 0) | (r > num_draws)).any():
         raise ValueError(
             f"ranks: expected 0 to num_draws={num_draws}, got {float(r.min()):g} to "
             f"{float(r.max()):g}"
         )
-    if not levels or not all(0 < level < 1 for level in levels):
-        raise ValueError(f"levels: expected numbers between 0 and 1, got {levels}")
-    M, F = r.shape
-    labels, exact, counts = _labels(names, F), [], []
-    for level in levels:
+    if (bad := r != r.round()).any():  # NaN too
+        raise ValueError(
+            f"ranks: expected whole numbers 0 to num_draws={num_draws}, got "
+            f"{float(r[bad][0]):g} at {bad.nonzero()[0].tolist()}"
+        )
+    wanted = to_tensor(levels, "levels").double()
+    if wanted.dim() != 1 or len(wanted) == 0 or not ((wanted > 0) & (wanted < 1)).all():
+        raise ValueError(f"levels: expected numbers between 0 and 1, as in [0.9], got {levels}")
+    called, exact, counts = labels(names, F, "quantity", "quantity"), [], []
+    for level in wanted.tolist():
         most = (num_draws + 1) // 2
         edge = min(max(round((1 - level) / 2 * (num_draws + 1)), 1), most)
         exact.append(1 - 2 * edge / (num_draws + 1))
@@ -149,7 +162,7 @@ def coverage(
     share = found.double() / M
     smooth = (found.double() + 1) / (M + 2)  # an error also where all or none are held
     se = (smooth * (1 - smooth) / M).sqrt()
-    return Coverage(labels, torch.tensor(exact), share, se, holm(p).reshape(share.shape))
+    return Coverage(called, torch.tensor(exact), share, se, holm(p).reshape(share.shape))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -248,7 +261,8 @@ def contraction(
         >>> print(contraction(truth, y / 2, torch.full((500, 1), 0.5**0.5), [1.0]))
         quantity[0]: z-score -0.0... ± 0.05 (0), its size 1.0... ± 0.03 (1), contraction 0.5
     """
-    t, m, s, p = (to_tensor(v).double() for v in (truth, mean, sd, prior_sd))
+    handed_in = {"truth": truth, "mean": mean, "sd": sd, "prior_sd": prior_sd}
+    t, m, s, p = (to_tensor(v, argument).double() for argument, v in handed_in.items())
     if t.dim() != 2 or len(t) < 2 or m.shape != t.shape or s.shape != t.shape:
         raise ValueError(
             "truth, mean, sd: expected one shape (M, F) with at least 2 simulations, got "
@@ -263,4 +277,12 @@ def contraction(
     for value, argument in ((s, "sd"), (p, "prior_sd")):
         if not (value > 0).all():
             raise ValueError(f"{argument}: expected positive numbers, got {float(value.min()):g}")
-    return Contraction(_labels(names, t.shape[1]), (m - t) / s, 1 - (s / p) ** 2)
+    unit = unit_of(t, m, s, dim=0)
+    z, ratio = (m / unit - t / unit) / (s / unit), s / p
+    for value, argument in ((z, "sd"), (ratio, "prior_sd")):
+        if not (value.abs() < _MOST).all():
+            raise ValueError(
+                f"{argument}: expected widths of the order of the other arguments, got one less "
+                f"than {1 / _MOST:g} of them"
+            )
+    return Contraction(labels(names, t.shape[1], "quantity", "quantity"), z, 1 - ratio**2)

@@ -24,13 +24,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from latentlab.diagnostics.estimate import Estimate, to_tensor
+from latentlab.diagnostics.arguments import to_tensor, unit_of, whole
+from latentlab.diagnostics.estimate import Estimate
 
 __all__ = ["C2st", "Mmd", "SlicedWasserstein", "c2st", "mmd", "sliced_wasserstein"]
 
@@ -38,6 +40,7 @@ _LEVEL = 0.05
 _FEWEST = 20
 _PERMUTED = 25  # projections that permutations look at
 _SHARED = 1.25  # the spread of accuracies is wider where folds have nothing but noise to share
+_MOST_SEED = 2**32 - 1  # that scikit-learn takes
 _MOST_PRODUCTS = 30  # quantities whose products the classifier sees
 
 
@@ -138,13 +141,12 @@ def sliced_wasserstein(
         sliced W2 0.77 ± 0.03 (0.059 without a difference, p = 0.0099)
     """
     x, y = _pair(x, y)
-    generator = torch.Generator().manual_seed(seed)
+    num_projections = whole(num_projections, "num_projections", 1)
+    num_permutations = whole(num_permutations, "num_permutations", 1)
+    generator = torch.Generator().manual_seed(whole(seed, "seed", 0))
     P = 1 if x.shape[1] == 1 else num_projections
-    if P < 1 or num_permutations < 1:
-        raise ValueError(
-            "num_projections, num_permutations: expected at least 1, got "
-            f"{num_projections} and {num_permutations}"
-        )
+    unit = float(unit_of(x, y))
+    x, y = x / unit, y / unit
     directions = torch.randn(x.shape[1], P, generator=generator, dtype=torch.float64)
     directions = directions / directions.norm(dim=0)
     a, b = x @ directions, y @ directions  # (S, P), (R, P)
@@ -167,10 +169,10 @@ def sliced_wasserstein(
     se_projections = float(squares.std()) / math.sqrt(P) / scale if P > 1 else 0.0
     compared = math.sqrt(float(squares[:some].mean()))
     return SlicedWasserstein(
-        Estimate(value, math.hypot(se_draws, se_projections)),
-        se_draws,
-        se_projections,
-        float(np.mean(null)),
+        Estimate(value * unit, math.hypot(se_draws, se_projections) * unit),
+        se_draws * unit,
+        se_projections * unit,
+        float(np.mean(null)) * unit,
         (1 + sum(other >= compared for other in null)) / (num_permutations + 1),
     )
 
@@ -217,16 +219,19 @@ def mmd(
     """
     x, y = _pair(x, y)
     S, R = len(x), len(y)
-    if num_permutations < 1:
-        raise ValueError(f"num_permutations: expected at least 1, got {num_permutations}")
+    num_permutations = whole(num_permutations, "num_permutations", 1)
+    if bandwidth is not None and not (isinstance(bandwidth, Real) and 0 < bandwidth < math.inf):
+        raise ValueError(f"bandwidth: expected a positive number, got {bandwidth!r}")
+    unit = float(unit_of(x, y))
+    x, y = x / unit, y / unit
     squared = torch.cdist(torch.cat([x, y]), torch.cat([x, y])).square()
     if bandwidth is None:
         rows, columns = torch.triu_indices(S + R, S + R, 1)
-        bandwidth = math.sqrt(float(np.median(squared[rows, columns].numpy()))) or 1.0
-    if not bandwidth > 0 or not math.isfinite(bandwidth):
-        raise ValueError(f"bandwidth: expected a positive number, got {bandwidth}")
-    kernel = torch.exp(-squared / (2 * bandwidth**2)).fill_diagonal_(0.0)
-    generator = torch.Generator().manual_seed(seed)
+        h = math.sqrt(float(np.median(squared[rows, columns].numpy()))) or 1.0
+    else:
+        h = float(bandwidth) / unit
+    kernel = torch.exp(-(squared / h / h) / 2).fill_diagonal_(0.0)
+    generator = torch.Generator().manual_seed(whole(seed, "seed", 0))
     first = torch.zeros(S + R, num_permutations + 1, dtype=torch.float64)
     first[:S, 0] = 1.0
     for p in range(1, num_permutations + 1):
@@ -243,7 +248,7 @@ def mmd(
     above = int((values[1:] >= values[0] - 1e-15).sum())
     return Mmd(
         Estimate(float(values[0]), math.sqrt(variance)),
-        float(bandwidth),
+        h * unit,
         (1 + above) / (num_permutations + 1),
     )
 
@@ -294,8 +299,10 @@ def c2st(
 
     x, y = _pair(x, y)
     smaller = min(len(x), len(y))
-    if not 2 <= num_folds <= smaller:
-        raise ValueError(f"num_folds: expected 2 to {smaller}, got {num_folds}")
+    num_folds = whole(num_folds, "num_folds", 2, smaller)
+    seed = whole(seed, "seed", 0, _MOST_SEED)
+    units = unit_of(x, y, dim=0)
+    x, y = x / units, y / units
     rng = np.random.default_rng(seed)
     features = np.vstack([rng.permutation(v.numpy())[:smaller] for v in (x, y)])
     truth = np.repeat([0, 1], smaller)
@@ -376,7 +383,7 @@ def _transport(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _pair(x: ArrayLike | Tensor, y: ArrayLike | Tensor) -> tuple[Tensor, Tensor]:
-    pair = to_tensor(x).double(), to_tensor(y).double()
+    pair = to_tensor(x, "x").double(), to_tensor(y, "y").double()
     for value, argument in zip(pair, ("x", "y"), strict=True):
         if value.dim() != 2 or len(value) < _FEWEST or value.shape[1] == 0:
             raise ValueError(

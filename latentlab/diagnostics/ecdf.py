@@ -26,7 +26,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from latentlab.diagnostics.estimate import to_tensor
+from latentlab.diagnostics.arguments import to_tensor, whole
 from latentlab.diagnostics.psis import _axes
 
 if TYPE_CHECKING:
@@ -240,8 +240,7 @@ def _checked(values: ArrayLike | Tensor, num_draws: int | None) -> np.ndarray:
     if num_draws is None:
         bad, expected = ~((u >= 0) & (u <= 1)), "numbers in [0, 1]"
     else:
-        if num_draws < 1:
-            raise ValueError(f"num_draws: expected at least 1, got {num_draws}")
+        num_draws = whole(num_draws, "num_draws", 1)
         bad = ~((u >= 0) & (u <= num_draws) & (u == np.round(u)))
         expected = f"whole numbers from 0 to num_draws={num_draws}"
     if bad.any():

@@ -21,7 +21,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from latentlab.diagnostics.estimate import Estimate, to_tensor
+from latentlab.diagnostics.arguments import strings, to_tensor
+from latentlab.diagnostics.estimate import Estimate
 from latentlab.diagnostics.psis import _axes
 
 if TYPE_CHECKING:
@@ -130,6 +131,12 @@ def elbo_parts(
         log-likelihood  x  -1.73 ± 0.03
         KL              z  0.56 ± 0.03
     """
+    plates = {} if plates is None else plates
+    for argument, parts in (("log_p", log_p), ("log_q", log_q), ("plates", plates)):
+        if not isinstance(parts, Mapping):
+            kind = "plate" if argument == "plates" else "log-densities"
+            raise TypeError(f"{argument}: expected site -> {kind}, got {type(parts).__name__}")
+    observed = strings(observed, "observed")
     p = {site: _draws(f"log_p[{site!r}]", values) for site, values in log_p.items()}
     q = {site: _draws(f"log_q[{site!r}]", values) for site, values in log_q.items()}
     _check(p, q, set(observed))
@@ -142,14 +149,14 @@ def elbo_parts(
     se = Estimate.from_draws(torch.stack(list(added.values())).sum(0)).se
     groups: dict[str, list[Tensor]] = {}
     for site, values in added.items():
-        if plates is not None and site in plates:
+        if site in plates:
             groups.setdefault(plates[site], []).append(values)
     by_plate = {g: Estimate.from_draws(torch.stack(v).sum(0)) for g, v in groups.items()}
     return ElboParts(Estimate(value, se), likelihood, kl, by_plate)
 
 
 def _draws(name: str, values: ArrayLike | Tensor) -> Tensor:
-    draws = to_tensor(values).double()
+    draws = to_tensor(values, name).double()
     if draws.dim() != 1 or len(draws) < 2:
         raise ValueError(
             f"{name}: expected shape (S,) with at least 2 draws, got {tuple(draws.shape)}"

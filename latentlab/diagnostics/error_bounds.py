@@ -41,7 +41,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from latentlab.diagnostics.estimate import Estimate, to_tensor
+from latentlab.diagnostics.arguments import to_tensor, unit_of
+from latentlab.diagnostics.estimate import Estimate
 from latentlab.diagnostics.psis import Psis, psis
 
 __all__ = ["ErrorBounds", "error_bounds"]
@@ -127,7 +128,7 @@ def error_bounds(draws: ArrayLike | Tensor, log_weights: ArrayLike | Tensor) -> 
         >>> print(error_bounds(z, 0.1 * z[:, 0]))
         means off by at most 0.10... sd of the guide, sds by at most 0.08... (W2 at most 0.5...)
     """
-    x, log_w = to_tensor(draws).double(), to_tensor(log_weights)
+    x, log_w = to_tensor(draws, "draws").double(), to_tensor(log_weights, "log_weights")
     if x.dim() != 2 or 0 in x.shape or log_w.shape != x.shape[:1]:
         raise ValueError(
             "draws, log_weights: expected shapes (S, F) and (S,), got "
@@ -137,21 +138,26 @@ def error_bounds(draws: ArrayLike | Tensor, log_weights: ArrayLike | Tensor) -> 
         raise ValueError(
             f"draws: expected finite numbers, got {int((~x.isfinite()).sum())} others"
         )
-    found = psis(log_w)
-    sd = x.std(0, correction=0)
+    found = psis(log_weights)
+    whole, units = unit_of(x), unit_of(x, dim=0)
+    in_units = x / units
+    sd = in_units.std(0, correction=0)
     flat = x.amax(0) == x.amin(0)
     if found.exact or found.khat > _MOST:
         return _without_weights(found, flat)
     w = found.log_weights.double().exp() * len(x)
-    square = (x - x.mean(0)) ** 2
-    length = square.sum(1, keepdim=True)
+    square = (in_units - in_units.mean(0)) ** 2
+    at = x / whole
+    length = ((at - at.mean(0)) ** 2).sum(1, keepdim=True)
     all_flat = bool(flat.all())
     bounds, se = _with_errors(w, torch.cat([square / sd.where(~flat, 1.0) ** 2, length], 1))
     keep = ~flat
     second = (w**2).mean()
     influence = w**2 / second - 2 * w  # of each draw on the log of E w^2 / (E w)^2
     return ErrorBounds(
-        Estimate(0.0, 0.0) if all_flat else Estimate(float(bounds[-1, 2]), float(se[-1, 2])),
+        Estimate(0.0, 0.0)
+        if all_flat
+        else Estimate(*(float(v[-1, 2] * whole) for v in (bounds, se))),
         bounds[:-1, 0].where(keep, 0.0),
         se[:-1, 0].where(keep, 0.0),
         bounds[:-1, 1].where(keep, 0.0),

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from latentlab.diagnostics.arguments import unit_of
 from latentlab.diagnostics.chains import halves, to_chains, z_scores
 
 __all__ = ["ess", "mcse"]
@@ -48,7 +49,7 @@ def ess(x: ArrayLike | Tensor, kind: str = "bulk") -> Tensor:
 
     Returns:
         Shape (P,), at most C S log10(C S). The number of draws for a column that is constant, and
-        NaN for one with a NaN.
+        NaN for one with a NaN, or an infinity of which ``"mean"`` or ``"sd"`` is asked.
 
     Raises:
         ValueError: for other shapes, fewer than four draws, or another kind.
@@ -64,6 +65,7 @@ def ess(x: ArrayLike | Tensor, kind: str = "bulk") -> Tensor:
         True
     """
     chains = to_chains(x)
+    chains = chains / unit_of(chains, dim=(0, 1))
     if kind not in _KINDS:
         raise ValueError(f"kind: expected one of {', '.join(_KINDS)}, got {kind!r}")
     if kind == "bulk":
@@ -90,7 +92,7 @@ def mcse(x: ArrayLike | Tensor, kind: str = "mean") -> Tensor:
         kind: ``"mean"`` or ``"sd"``.
 
     Returns:
-        Shape (P,). 0 for a column that is constant, NaN for one with a NaN.
+        Shape (P,). 0 for a column that is constant, NaN for one with a number that is not finite.
 
     Raises:
         ValueError: for other shapes, fewer than four draws, or another kind.
@@ -102,13 +104,15 @@ def mcse(x: ArrayLike | Tensor, kind: str = "mean") -> Tensor:
     """
     if kind not in ("mean", "sd"):
         raise ValueError(f"kind: expected 'mean' or 'sd', got {kind!r}")
-    chains, size = to_chains(x), ess(x, kind)
+    chains = to_chains(x)
+    unit, size = unit_of(chains, dim=(0, 1)), ess(chains, kind)
+    chains = chains / unit
     if kind == "mean":
-        return chains.flatten(0, 1).std(0) / size.sqrt()
+        return chains.flatten(0, 1).std(0) / size.sqrt() * unit
     square = ((chains - chains.mean((0, 1))) ** 2).flatten(0, 1)
     variance = square.mean(0)
     error = (((square**2).mean(0) - variance**2).clamp(min=0) / variance / size).sqrt() / 2
-    return error.where(variance != 0, 0.0)
+    return error.where(variance != 0, 0.0) * unit
 
 
 def _quantile(ordered: Tensor, q: float) -> Tensor:

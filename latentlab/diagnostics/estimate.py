@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
-import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-__all__ = ["Estimate", "log_mean_exp", "to_tensor"]
+from latentlab.diagnostics.arguments import to_tensor, unit_of
+
+__all__ = ["Estimate", "log_mean_exp"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,9 @@ class Estimate:
             raise ValueError(
                 f"values: expected shape (S,) with at least 2 draws, got {tuple(draws.shape)}"
             )
-        return cls(draws.mean().item(), draws.std().item() / math.sqrt(len(draws)))
+        unit = float(unit_of(draws))
+        draws = draws / unit
+        return cls(draws.mean().item() * unit, draws.std().item() / math.sqrt(len(draws)) * unit)
 
     def __float__(self) -> float:
         return float(self.value)
@@ -114,10 +116,11 @@ def log_mean_exp(
         | Importance weighted autoencoders (Burda, Grosse and Salakhutdinov, 2016)
 
     Example:
+        >>> import torch
         >>> print(log_mean_exp(torch.tensor([1.0, 2.0, 3.0]).log()))
         0.7 ± 0.3
     """
-    draws = to_tensor(log_values).double()
+    draws = to_tensor(log_values, "log_values").double()
     if draws.dim() == 0 or draws.shape[dim] < 2:
         raise ValueError(
             f"log_values: expected at least 2 draws along dim={dim}, got {tuple(draws.shape)}"
@@ -129,14 +132,3 @@ def log_mean_exp(
         logs, shares = counts.to(logs) * logs, counts.to(logs) * shares
     shares = shares.sum(1)
     return Estimate(logs.sum().item(), shares.std().item() / math.sqrt(len(draws)))
-
-
-def to_tensor(values: ArrayLike | Tensor) -> Tensor:
-    """Numbers as a tensor on the CPU, of their own dtype and without a gradient.
-
-    Arguments:
-        values: a tensor on any device, an array or a list; not copied if it need not be.
-    """
-    if isinstance(values, Tensor):
-        return values.detach().cpu()
-    return torch.from_numpy(np.array(values))

@@ -21,7 +21,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from latentlab.diagnostics.estimate import Estimate, to_tensor
+from latentlab.diagnostics.arguments import to_tensor
+from latentlab.diagnostics.estimate import Estimate
 from latentlab.diagnostics.psis import KhatTable, khat_per_column
 
 __all__ = ["RowEvidence", "row_evidence"]
@@ -78,7 +79,7 @@ def row_evidence(log_weights: ArrayLike | Tensor) -> RowEvidence:
         >>> print(row_evidence(0.1 * weights))
         0.007 ± 0.002 nats per row (1000 draws; 0 of 2 rows have k-hat > 0.7)
     """
-    values = to_tensor(log_weights).double()
+    values = to_tensor(log_weights, "log_weights").double()
     khat = khat_per_column(values)
     log_prob = values.logsumexp(0) - math.log(len(values))
     shares = (values - log_prob).exp()

@@ -37,7 +37,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from latentlab.diagnostics.estimate import Estimate, to_tensor
+from latentlab.diagnostics.arguments import to_tensor, whole
+from latentlab.diagnostics.estimate import Estimate
 from latentlab.diagnostics.psis import _axes
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ __all__ = ["Information", "information", "information_from_densities"]
 
 _BATCH = 2**22  # pairs of a draw and a row in memory at once
 _LOG_2PI = math.log(2 * math.pi)
+_MOST = 1e150  # whose square a double can hold
 _LOOSE = 0.2  # share of the mutual information, between its bounds, that is worth a warning
 
 
@@ -162,11 +164,9 @@ def information(
         KL 0.71 ± 0.02 nats per row: mutual information 0.71 ± 0.02, marginal KL 0.0013 ± ...
     """
     loc, scale = _checked(loc, scale)
-    if num_samples < 10 or max_rows < 10:
-        raise ValueError(
-            f"num_samples, max_rows: expected at least 10, got {num_samples} and {max_rows}"
-        )
-    generator = torch.Generator().manual_seed(seed)
+    num_samples = whole(num_samples, "num_samples", 10)
+    max_rows = whole(max_rows, "max_rows", 10)
+    generator = torch.Generator().manual_seed(whole(seed, "seed", 0))
     order = torch.randperm(len(loc), generator=generator)[:max_rows]
     loc, scale = loc[order], scale[order]
     rows, repeats = min(len(loc), num_samples), max(num_samples // len(loc), 1)
@@ -209,7 +209,7 @@ def information_from_densities(
         >>> print(information_from_densities(q.log_prob(loc), -0.5 * loc[:, 0] ** 2))
         KL 18 ± 4 nats per row: mutual information 2.302585..., marginal KL 16 ± 4; 10 rows are ...
     """
-    q, prior = to_tensor(log_q).double(), to_tensor(log_prior).double()
+    q, prior = to_tensor(log_q, "log_q").double(), to_tensor(log_prior, "log_prior").double()
     N = len(q) if q.dim() else 0
     if N < 10 or q.shape != (N, N) or prior.shape != (N,):
         raise ValueError(
@@ -264,7 +264,7 @@ def _parts(
 
 
 def _checked(loc: ArrayLike | Tensor, scale: ArrayLike | Tensor) -> tuple[Tensor, Tensor]:
-    m, s = to_tensor(loc).double(), to_tensor(scale).double()
+    m, s = to_tensor(loc, "loc").double(), to_tensor(scale, "scale").double()
     if m.dim() != 2 or len(m) < 10 or m.shape[1] == 0:
         raise ValueError(f"loc: expected shape (N, L) with at least 10 rows, got {tuple(m.shape)}")
     if s.shape != m.shape:
@@ -272,9 +272,11 @@ def _checked(loc: ArrayLike | Tensor, scale: ArrayLike | Tensor) -> tuple[Tensor
             f"scale: expected the shape of loc, {tuple(m.shape)}, got {tuple(s.shape)}"
         )
     for value, argument in ((m, "loc"), (s, "scale")):
-        if not value.isfinite().all():
-            where = (~value.isfinite()).nonzero()[0].tolist()
-            raise ValueError(f"{argument}: expected finite numbers, not so first at {where}")
+        if not (value.abs() < _MOST).all():
+            where = (~(value.abs() < _MOST)).nonzero()[0].tolist()
+            raise ValueError(
+                f"{argument}: expected finite numbers below {_MOST:g}, not so first at {where}"
+            )
     if not (s > 0).all():
         raise ValueError(f"scale: expected positive numbers, got {float(s.min()):g}")
     return m, s

@@ -17,7 +17,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
-from latentlab.diagnostics.estimate import Estimate, to_tensor
+from latentlab.diagnostics.arguments import to_tensor, whole
+from latentlab.diagnostics.estimate import Estimate
 from latentlab.seeds import seeded
 
 __all__ = ["kl", "kl_from_draws"]
@@ -56,7 +57,8 @@ def kl(p: Distribution, q: Distribution, num_samples: int = 10_000, seed: int = 
         try:
             return Estimate(kl_divergence(p, q).double().sum().item(), 0.0)
         except NotImplementedError:
-            return _by_draws(p, q, num_samples, seed)
+            num_samples = whole(num_samples, "num_samples", 2)
+            return _by_draws(p, q, num_samples, whole(seed, "seed", 0))
 
 
 def kl_from_draws(log_p: ArrayLike | Tensor, log_q: ArrayLike | Tensor) -> Estimate:
@@ -78,7 +80,7 @@ def kl_from_draws(log_p: ArrayLike | Tensor, log_q: ArrayLike | Tensor) -> Estim
         >>> print(kl_from_draws(-0.5 * z**2, -0.5 * (z - 1) ** 2))
         0.47 ± 0.03
     """
-    log_p, log_q = to_tensor(log_p).double(), to_tensor(log_q).double()
+    log_p, log_q = to_tensor(log_p, "log_p").double(), to_tensor(log_q, "log_q").double()
     if log_p.shape != log_q.shape:
         raise ValueError(
             f"log_q: expected shape {tuple(log_p.shape)} as of log_p, got {tuple(log_q.shape)}"

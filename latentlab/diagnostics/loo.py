@@ -29,7 +29,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from latentlab.diagnostics.estimate import Estimate, to_tensor
+from latentlab.diagnostics.arguments import to_tensor, unit_of
+from latentlab.diagnostics.estimate import Estimate
 from latentlab.diagnostics.psis import KhatTable, _axes, psis, psis_per_column
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ def smoothed(
     """
     ratios, base = None, None
     if log_weights is not None:
-        ratios = to_tensor(log_weights)
+        ratios = to_tensor(log_weights, "log_weights")
         base = psis(ratios).log_weights.double()[:, None]
         ratios = ratios[:, None]
     first, S = 0, None
@@ -207,7 +208,7 @@ def smoothed(
                 "; a draw of the posterior does not rule its own data out"
             )
         log_w, khat = psis_per_column(-rows if ratios is None else ratios - rows)
-        even = rows.new_full((S, 1), -math.log(S)).double()
+        even = torch.full((S, 1), -math.log(S), dtype=torch.float64)
         yield Block(rows.double(), log_w, even if base is None else base, khat)
         first += rows.shape[1]
 
@@ -223,7 +224,7 @@ def blocks(values: ArrayLike | Tensor | Iterator[Tensor], name: str) -> Iterator
         ValueError: for other shapes.
     """
     for part in values if isinstance(values, Iterator) else (values,):
-        whole = to_tensor(part)
+        whole = to_tensor(part, name)
         if whole.dim() != 2 or 0 in whole.shape:
             raise ValueError(f"{name}: expected shape (S, N), got {tuple(whole.shape)}")
         yield from whole.split(max(1, _BATCH // len(whole)), 1)
@@ -236,5 +237,7 @@ def total(pointwise: Tensor) -> Estimate:
         pointwise: a figure of each row, shape (N,).
     """
     N = len(pointwise)
-    se = math.sqrt(N) * float(pointwise.std(correction=0)) if N > 1 else math.nan
-    return Estimate(float(pointwise.sum()), se)
+    unit = float(unit_of(pointwise))
+    parts = pointwise / unit
+    se = math.sqrt(N) * float(parts.std(correction=0)) * unit if N > 1 else math.nan
+    return Estimate(float(parts.sum()) * unit, se)

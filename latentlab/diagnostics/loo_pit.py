@@ -21,7 +21,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from latentlab.diagnostics.estimate import Estimate, to_tensor
+from latentlab.diagnostics.arguments import to_tensor, whole
+from latentlab.diagnostics.estimate import Estimate
 from latentlab.diagnostics.loo import blocks, smoothed
 from latentlab.diagnostics.psis import KhatTable, _axes
 
@@ -139,8 +140,8 @@ def loo_pit(
         The transforms, and k-hat of each row.
 
     Raises:
-        ValueError: for shapes that do not fit, a NaN in ``observed`` or ``replicated``, or as
-            :func:`loo`.
+        ValueError: for shapes that do not fit, numbers in ``observed`` or ``replicated`` that
+            are not finite, or as :func:`loo`.
 
     References:
         | Visualization in Bayesian workflow (Gabry, Simpson, Vehtari, Betancourt and Gelman, 2019)
@@ -156,17 +157,24 @@ def loo_pit(
         >>> print(loo_pit(y, z + torch.randn(4000, 200, generator=g), Normal(z, 1.0).log_prob(y)))
         predictions are too narrow (LOO-PIT of 200 rows: largest distance 0.1... band 0.096)
     """
-    y = to_tensor(observed)
+    y = to_tensor(observed, "observed")
     if y.dim() != 1 or y.isnan().any():
         raise ValueError(
             f"observed: expected shape (N,) without NaN, got {tuple(y.shape)} with "
             f"{int(y.isnan().sum())} NaN; leave missing rows out of all arguments"
         )
+    if y.isinf().any():
+        raise ValueError(
+            f"observed: expected finite numbers, got {int(y.isinf().sum())} infinite (first at "
+            f"{int(y.isinf().nonzero()[0])})"
+        )
     pits: list[float] = []
     khats: list[float] = []
     ses: list[float] = []
     first = 0
-    random = torch.rand(len(y), generator=torch.Generator().manual_seed(seed)).double()
+    random = torch.rand(
+        len(y), generator=torch.Generator().manual_seed(whole(seed, "seed", 0))
+    ).double()
     parts = zip_longest(smoothed(log_lik, log_weights), blocks(replicated, "replicated"))
     for block, draws in parts:
         if block is None or draws is None or draws.shape != block.log_lik.shape:
@@ -181,6 +189,10 @@ def loo_pit(
             raise ValueError(f"observed: expected {last} rows or more as of log_lik, got {len(y)}")
         if draws.isnan().any():
             raise ValueError(f"replicated has {int(draws.isnan().sum())} NaN")
+        if draws.isinf().any():
+            raise ValueError(
+                f"replicated: expected finite numbers, got {int(draws.isinf().sum())} infinite"
+            )
         w, at = block.log_weights.exp(), y[first:last]
         below, equal = (w * (draws < at)).sum(0), (w * (draws == at)).sum(0)
         pits += (below + random[first:last] * equal).clamp(0, 1).tolist()

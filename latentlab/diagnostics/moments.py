@@ -19,12 +19,15 @@ Letters: S draws, F figures.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from latentlab.diagnostics.estimate import Estimate, to_tensor
+from latentlab.diagnostics.arguments import to_tensor, unit_of
+from latentlab.diagnostics.estimate import Estimate
 
 __all__ = ["MomentErrors", "moment_errors"]
 
@@ -78,10 +81,11 @@ def moment_errors(draws: ArrayLike | Tensor, log_weights: ArrayLike | Tensor) ->
 
     Returns:
         Shift and ratio of each figure, with standard errors. A figure that does not vary has shift
-        0 and ratio 1.
+        0 and ratio 1; where all weight is on one value both are infinite, and errors NaN.
 
     Raises:
-        ValueError: for shapes that do not fit.
+        ValueError: for shapes that do not fit, draws that are not finite, or weights that are NaN
+            or infinite.
 
     Reference:
         | Pareto smoothed importance sampling (Vehtari et al., 2024)
@@ -95,26 +99,43 @@ def moment_errors(draws: ArrayLike | Tensor, log_weights: ArrayLike | Tensor) ->
         >>> print(errors.worst_ratio[1])
         0.80 ± 0.01
     """
-    x, log_w = to_tensor(draws).double(), to_tensor(log_weights).double()
+    x, log_w = to_tensor(draws, "draws").double(), to_tensor(log_weights, "log_weights").double()
     if x.dim() != 2 or log_w.shape != x.shape[:1] or len(x) < 2:
         raise ValueError(
             "draws, log_weights: expected shapes (S, F) and (S,) with S at least 2, got "
             f"{tuple(x.shape)} and {tuple(log_w.shape)}"
         )
+    if not x.isfinite().all():
+        raise ValueError(
+            f"draws: expected finite numbers, got {int((~x.isfinite()).sum())} others"
+        )
+    if not (log_w < math.inf).all() or (log_w == -math.inf).all():
+        raise ValueError("log_weights: expected numbers, one finite at least, none NaN or +inf")
+    x = x / unit_of(x, dim=0)
     w, even = log_w.softmax(0)[:, None], 1 / len(x)
     mean, sd = x.mean(0), x.std(0, correction=0)
     centre = (w * x).sum(0)
     spread = (w * (x - centre) ** 2).sum(0).sqrt()
-    flat = (sd == 0) | (spread == 0)
-    sd, spread = sd.where(~flat, 1.0), spread.where(~flat, 1.0)
+    flat, point = sd == 0, (sd > 0) & (spread == 0)
+    nothing = flat | point
+    sd, spread = sd.where(~nothing, 1.0), spread.where(~nothing, 1.0)
     at, weighted = (x - mean) / sd, (x - centre) / spread
     # What one draw adds to each difference; they are independent up to the normalisation.
     shift_parts = (even - w) * weighted
     log_ratio_parts = (even * (at**2 - 1) - w * (weighted**2 - 1)) / 2
-    ratio = (sd / spread).where(~flat, 1.0)
+    shift, ratio = (mean - centre) / spread, sd / spread
+    shift_se = shift_parts.square().sum(0).sqrt()
+    ratio_se = ratio * log_ratio_parts.square().sum(0).sqrt()
+    endless = torch.full_like(shift, math.inf).copysign(shift)
+    found = zip(
+        (shift, shift_se, ratio, ratio_se),
+        (0.0, 0.0, 1.0, 0.0),
+        (endless, math.nan, math.inf, math.nan),
+        strict=True,
+    )
     return MomentErrors(
-        ((mean - centre) / spread).where(~flat, 0.0),
-        shift_parts.square().sum(0).sqrt().where(~flat, 0.0),
-        ratio,
-        (ratio * log_ratio_parts.square().sum(0).sqrt()).where(~flat, 0.0),
+        *(
+            torch.where(point, torch.as_tensor(if_point), value.where(~flat, if_flat))
+            for value, if_flat, if_point in found
+        )
     )

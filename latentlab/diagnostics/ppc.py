@@ -19,7 +19,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,9 +28,17 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from latentlab.diagnostics.arguments import to_tensor, unit_of
 from latentlab.diagnostics.calibration import sbc_ranks
 from latentlab.diagnostics.ecdf import Uniformity, uniformity
-from latentlab.diagnostics.estimate import Estimate, to_tensor
+from latentlab.diagnostics.estimate import Estimate
+from latentlab.diagnostics.ppc_statistics import (
+    Statistic,
+    default_statistics,
+    lag,
+    named,
+    values_of,
+)
 from latentlab.diagnostics.psis import _axes
 
 if TYPE_CHECKING:
@@ -41,9 +49,8 @@ __all__ = ["Pit", "Ppc", "Rootogram", "pit", "plot_densities", "ppc", "rootogram
 _LEVEL = 0.05
 _FEWEST_REPLICATES = 20
 _SHOWN = 4  # statistics by name
+_MOST_BARS = 2**25  # times replicates: numbers in memory at once
 _MOST_DRAWN = 50  # replicates in one picture
-
-Statistic = Callable[[Tensor], Tensor | float]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -76,7 +83,9 @@ class Ppc:
     @property
     def z(self) -> Tensor:
         """Statistics of the data in standard deviations of the replicates, shape (T,)."""
-        off, sd = self.observed - self.replicated.mean(0), self.replicated.std(0)
+        unit = unit_of(self.observed[None], self.replicated, dim=0)
+        observed, replicated = self.observed / unit, self.replicated / unit
+        off, sd = observed - replicated.mean(0), replicated.std(0)
         return torch.where(off == 0, 0.0, off / sd)
 
     @property
@@ -91,8 +100,9 @@ class Ppc:
             ax: where to draw; by default a new figure.
         """
         ax = _axes(ax)
-        sd = self.replicated.std(0)
-        units = (self.replicated - self.replicated.mean(0)) / sd.where(sd > 0, 1.0)
+        replicated = self.replicated / unit_of(self.replicated, dim=0)
+        sd = replicated.std(0)
+        units = (replicated - replicated.mean(0)) / sd.where(sd > 0, 1.0)
         at = list(range(len(self.names)))
         low, middle, high = units.quantile(torch.tensor([0.025, 0.5, 0.975]).double(), 0)
         ax.hlines(at, low, high, color="0.6", linewidth=6, alpha=0.5)
@@ -168,15 +178,15 @@ def ppc(
     """
     y, rep = _checked(observed, replicated, _FEWEST_REPLICATES)
     if statistics is None:
-        names, one, many = _default_statistics(y, rep, ordered)
+        names, one, many = default_statistics(y, rep, ordered)
     else:
+        one = values_of(statistics, y)
         names = tuple(statistics)
-        one = _values(statistics, y)
-        many = torch.stack([_values(statistics, r) for r in rep])
+        many = torch.stack([values_of(statistics, r) for r in rep])
         if ordered:
-            names += _named("lag 1", y)
-            one = torch.cat([one, _lag(y[None])[0]])
-            many = torch.cat([many, _lag(rep)], 1)
+            names += named("lag 1", y)
+            one = torch.cat([one, lag(y[None])[0]])
+            many = torch.cat([many, lag(rep)], 1)
     if not names:
         raise ValueError("statistics: expected at least one, got none")
     for t, name in enumerate(names):
@@ -356,15 +366,22 @@ def rootogram(observed: ArrayLike | Tensor, replicated: ArrayLike | Tensor) -> R
         7 of ... counts are outside 95 %: 0, 1, 2, 3, 4, 5, 6
     """
     y, rep = _checked(observed, replicated, _FEWEST_REPLICATES)
-    if y.shape[1:] != (1,) or to_tensor(observed).dim() != 1:
-        raise ValueError(f"observed: expected shape (N,), got {tuple(to_tensor(observed).shape)}")
+    if y.shape[1:] != (1,) or to_tensor(observed, "observed").dim() != 1:
+        raise ValueError(f"observed: expected shape (N,), got {tuple(y.shape)}")
     for value, argument in ((y, "observed"), (rep, "replicated")):
         bad = (value < 0) | (value != value.round())
         if bad.any():
             raise ValueError(
                 f"{argument}: expected whole numbers from 0, got {float(value[bad][0]):g}"
             )
-    most = int(max(y.max(), rep.max())) + 1
+    largest = float(max(y.max(), rep.max()))
+    if largest * len(rep) > _MOST_BARS:
+        raise ValueError(
+            f"observed, replicated: expected counts up to {_MOST_BARS // len(rep)} with "
+            f"{len(rep)} replicates, as each has a bar, got {largest:g}; count in tens or "
+            "thousands"
+        )
+    most = int(largest) + 1
     often = torch.stack([torch.bincount(r[:, 0].long(), minlength=most) for r in (y, *rep)])
     low, high = often[1:].double().quantile(torch.tensor([0.025, 0.975]).double(), 0)
     return Rootogram(torch.arange(most), often[0], often[1:].double().mean(0), low, high)
@@ -387,11 +404,13 @@ def plot_densities(
 
     y, rep = _checked(observed, replicated, 1)
     ax = _axes(ax)
+    unit = float(unit_of(y, rep[:_MOST_DRAWN]))
+    y, rep = y / unit, rep / unit
     both = torch.cat([y[:, 0], rep[:_MOST_DRAWN, :, 0].flatten()])
     low, high = both.quantile(torch.tensor([0.001, 0.999]).double()).tolist()
     low, high = min(low, float(y.min())), max(high, float(y.max()))
     reach = (high - low) or 1.0
-    grid = torch.linspace(low - 0.05 * reach, high + 0.05 * reach, 200)
+    grid = torch.linspace(low - 0.05 * reach, high + 0.05 * reach, 200, dtype=torch.float64)
 
     def density(values: Tensor) -> np.ndarray:
         if values.max() == values.min():
@@ -403,53 +422,17 @@ def plot_densities(
         return estimate(grid.numpy())
 
     for r in rep[:_MOST_DRAWN, :, 0]:
-        ax.plot(grid, density(r), color="C0", alpha=0.2, linewidth=0.8)
-    ax.plot(grid, density(y[:, 0]), color="0.1", linewidth=2, label="data")
+        ax.plot(grid * unit, density(r) / unit, color="C0", alpha=0.2, linewidth=0.8)
+    ax.plot(grid * unit, density(y[:, 0]) / unit, color="0.1", linewidth=2, label="data")
     ax.plot([], [], color="C0", alpha=0.5, label="replicates")
     ax.legend(fontsize="small")
     ax.set(xlabel="value", ylabel="density")
     return ax
 
 
-def _default_statistics(
-    y: Tensor, rep: Tensor, ordered: bool
-) -> tuple[tuple[str, ...], Tensor, Tensor]:
-    """Names, and values for the data (T,) and for each replicate (R, T)."""
-    both = torch.cat([y[None], rep])  # (R + 1, N, D)
-    parts = {
-        "mean": both.mean(1),
-        "sd": both.std(1),
-        "min": both.amin(1),
-        "max": both.amax(1),
-    }
-    if ((y >= 0) & (y == y.round())).all():
-        parts["zeros"] = (both == 0).double().mean(1)
-    if ordered:
-        parts["lag 1"] = _lag(both)
-    names = tuple(name for part in parts for name in _named(part, y))
-    values = torch.cat(list(parts.values()), 1)
-    return names, values[0], values[1:]
-
-
-def _named(statistic: str, y: Tensor) -> tuple[str, ...]:
-    D = y.shape[1]
-    return (statistic,) if D == 1 else tuple(f"{statistic} [{d}]" for d in range(D))
-
-
-def _lag(both: Tensor) -> Tensor:
-    """Correlation of neighbouring rows, (R, N, D) -> (R, D)."""
-    centred = both - both.mean(1, keepdim=True)
-    total = centred.square().sum(1)
-    return (centred[:, 1:] * centred[:, :-1]).sum(1) / total.where(total > 0, 1.0)
-
-
-def _values(statistics: Mapping[str, Statistic], data: Tensor) -> Tensor:
-    data = data[:, 0] if data.shape[1] == 1 else data
-    return torch.tensor([float(f(data)) for f in statistics.values()], dtype=torch.float64)
-
-
 def _mahalanobis(rows: Tensor) -> Tensor:
     """Squared distances of rows (M, T) from their mean, in their own covariance, (M,)."""
+    rows = rows / unit_of(rows, dim=0)
     centred = rows - rows.mean(0)
     sd = centred.square().mean(0).sqrt()
     units = centred / sd.where(sd > 0, 1.0)
@@ -462,7 +445,7 @@ def _checked(
     observed: ArrayLike | Tensor, replicated: ArrayLike | Tensor, fewest: int
 ) -> tuple[Tensor, Tensor]:
     """The data (N, D) and replicates (R, N, D) in double precision."""
-    y, rep = to_tensor(observed).double(), to_tensor(replicated).double()
+    y, rep = to_tensor(observed, "observed").double(), to_tensor(replicated, "replicated").double()
     if y.dim() not in (1, 2) or len(y) < 2 or 0 in y.shape:
         raise ValueError(
             f"observed: expected shape (N,) or (N, D) with at least 2 rows, got {tuple(y.shape)}"

@@ -29,7 +29,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from latentlab.diagnostics.estimate import Estimate, to_tensor
+from latentlab.diagnostics.arguments import precision, to_tensor
+from latentlab.diagnostics.estimate import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -419,7 +420,7 @@ def _constant(values: np.ndarray, eps: float, tolerance: float) -> np.ndarray:
 
 def _checked(log_weights: ArrayLike | Tensor, num_axes: int) -> tuple[np.ndarray, float]:
     """The log weights in double precision, and the relative precision that they came with."""
-    tensor = to_tensor(log_weights)
+    tensor = to_tensor(log_weights, "log_weights")
     shape, expected = tuple(tensor.shape), {1: "(S,)", 2: "(S, N)"}[num_axes]
     if len(shape) != num_axes or 0 in shape[1:]:
         raise ValueError(f"log_weights: expected shape {expected}, got {shape}")
@@ -440,7 +441,7 @@ def _checked(log_weights: ArrayLike | Tensor, num_axes: int) -> tuple[np.ndarray
         raise ValueError(
             f"log_weights: all are -inf{where}; the guide never draws where the target has mass"
         )
-    return values, torch.finfo(tensor.dtype).eps if tensor.is_floating_point() else _EPS
+    return values, precision(log_weights)
 
 
 def _axes(ax: Axes | None) -> Axes:

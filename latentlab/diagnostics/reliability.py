@@ -26,7 +26,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from latentlab.diagnostics.estimate import Estimate, to_tensor
+from latentlab.diagnostics.arguments import precision, to_tensor, whole
+from latentlab.diagnostics.estimate import Estimate
 from latentlab.diagnostics.psis import _axes
 
 if TYPE_CHECKING:
@@ -153,8 +154,8 @@ def reliability(
         probabilities are overconfident by 0.093 ± 0.009 (p = 0.005; Brier score 0.179 ± 0.006)
     """
     p, y = _checked(probabilities, outcomes)
-    if num_resamples < 1:
-        raise ValueError(f"num_resamples: expected at least 1, got {num_resamples}")
+    num_resamples = whole(num_resamples, "num_resamples", 1)
+    seed = whole(seed, "seed", 0)
     values, group, weights = np.unique(p, return_inverse=True, return_counts=True)
     rng = np.random.default_rng(seed)
 
@@ -208,8 +209,8 @@ def _checked(
     probabilities: ArrayLike | Tensor, outcomes: ArrayLike | Tensor
 ) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities (N, 1) or (N, K), and outcomes of that shape, zeros and ones."""
-    p = to_tensor(probabilities).double().numpy()
-    y = to_tensor(outcomes).double().numpy()
+    p = to_tensor(probabilities, "probabilities").double().numpy()
+    y = to_tensor(outcomes, "outcomes").double().numpy()
     if p.ndim not in (1, 2) or len(p) < _FEWEST or p.shape[1:] in ((0,), (1,)):
         raise ValueError(
             f"probabilities: expected shape (N,) or (N, K) with at least {_FEWEST} rows and 2 "
@@ -223,7 +224,9 @@ def _checked(
         raise ValueError(
             f"probabilities: expected numbers in [0, 1], got {p[tuple(where)]:g} at {where}"
         )
-    if p.ndim == 2 and (abs(p.sum(1) - 1) > 1e-4).any():
+    # Each of K numbers was rounded, to half of its eps at most.
+    rounding = max(1e-4, precision(probabilities))
+    if p.ndim == 2 and (abs(p.sum(1) - 1) > rounding).any():
         n = int(abs(p.sum(1) - 1).argmax())
         raise ValueError(f"probabilities: expected rows of sum 1, got {p[n].sum():g} in row {n}")
     most = p.shape[1] - 1 if p.ndim == 2 else 1

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from latentlab.diagnostics.arguments import unit_of
 from latentlab.diagnostics.chains import halves, to_chains, z_scores
 
 __all__ = ["rhat"]
@@ -54,7 +55,8 @@ def rhat(x: ArrayLike | Tensor, rank: bool = False) -> Tensor:
         >>> rhat(x)[0], rhat(x, rank=True)[0]
         (tensor(1.00, dtype=torch.float64), tensor(1.5, dtype=torch.float64))
     """
-    split = halves(to_chains(x))  # (2 C, L, P)
+    chains = to_chains(x)
+    split = halves(chains / unit_of(chains, dim=(0, 1)))  # (2 C, L, P)
     if not rank:
         return _ratio(split)
     median = torch.from_numpy(np.median(split.numpy(), (0, 1)))

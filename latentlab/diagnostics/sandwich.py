@@ -25,12 +25,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING
 
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from latentlab.diagnostics.estimate import Estimate, log_mean_exp, to_tensor
+from latentlab.diagnostics.arguments import to_tensor
+from latentlab.diagnostics.estimate import Estimate, log_mean_exp
 from latentlab.diagnostics.psis import Psis, _axes, psis
 
 if TYPE_CHECKING:
@@ -147,10 +149,10 @@ def sandwich(log_weights: ArrayLike | Tensor, order: float = 2.0) -> Sandwich:
         0.016 ± 0.005
         0.0113 ± 0.0009
     """
-    if not 1 < order < math.inf:
-        raise ValueError(f"order: expected a number above 1, got {order}")
-    log_w = to_tensor(log_weights).double()
-    found = psis(to_tensor(log_weights))
+    if not (isinstance(order, Real) and 1 < order < math.inf):
+        raise ValueError(f"order: expected a number above 1, got {order!r}")
+    log_w = to_tensor(log_weights, "log_weights").double()
+    found = psis(log_weights)
     S = len(log_w)
     iwae = {}
     K = 10

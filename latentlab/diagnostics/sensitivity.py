@@ -34,7 +34,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from latentlab.diagnostics.estimate import Estimate, to_tensor
+from latentlab.diagnostics.arguments import strings, to_tensor, unit_of
+from latentlab.diagnostics.estimate import Estimate
 from latentlab.diagnostics.psis import _axes, psis
 
 if TYPE_CHECKING:
@@ -189,15 +190,21 @@ def sensitivity(
         >>> print(sensitivity(z[:, None], prior, lik, names=["z"]))
         prior-data conflict: z (sensitivity to the prior 0.328 ± 0.009)
     """
-    x, log_p, log_l = (to_tensor(v).double() for v in (draws, log_prior, log_lik))
+    handed_in = {"draws": draws, "log_prior": log_prior, "log_lik": log_lik}
+    x, log_p, log_l = (to_tensor(v, argument).double() for argument, v in handed_in.items())
     _check(x, {"log_prior": log_p, "log_lik": log_l})
-    labels = tuple(map(str, range(x.shape[1]) if names is None else names))
+    labels = strings(tuple(map(str, range(x.shape[1]))) if names is None else names, "names")
     if len(labels) != x.shape[1]:
         raise ValueError(f"names: expected {x.shape[1]} of them, got {len(labels)}")
-    raw = torch.zeros(len(x)).double() if log_weights is None else to_tensor(log_weights).double()
+    raw = (
+        torch.zeros(len(x)).double()
+        if log_weights is None
+        else to_tensor(log_weights, "log_weights").double()
+    )
     if raw.shape != log_p.shape:
         raise ValueError(f"log_weights: expected shape {(len(x),)}, got {tuple(raw.shape)}")
     base = psis(raw if log_weights is None else log_weights)
+    x = x / unit_of(x, dim=0)
     order = np.argsort(x.numpy(), axis=0, kind="stable")
     widths = np.diff(np.take_along_axis(x.numpy(), order, 0), axis=0)  # (S - 1, F)
     found, khats = [], []
@@ -230,7 +237,9 @@ def _slopes(
         widths: between draws in this order, shape (S - 1, F).
     """
     step = 2 * math.log2(_STEP)
-    far = np.stack([_distance(weights[0], w, order, widths) for w in weights[3:]])
+    far = torch.from_numpy(
+        np.stack([_distance(weights[0], w, order, widths) for w in weights[3:]])
+    )
 
     def slope(w: np.ndarray) -> np.ndarray:
         low, high = (_distance(w[0], other, order, widths) for other in w[1:3])
@@ -241,9 +250,11 @@ def _slopes(
     for group in np.array_split(np.arange(weights.shape[1]), _GROUPS):
         fewer = weights.copy()
         fewer[:, group] = 0
+        if not fewer.sum(1).all():  # all weight is on these draws, and errors are unknown
+            return torch.from_numpy(value), torch.full((len(value),), math.inf).double(), far
         left_out.append(slope(fewer))
     spread = np.var(left_out, axis=0) * (_GROUPS - 1)
-    return torch.from_numpy(value), torch.from_numpy(np.sqrt(spread)), torch.from_numpy(far)
+    return torch.from_numpy(value), torch.from_numpy(np.sqrt(spread)), far
 
 
 def _distance(p: np.ndarray, q: np.ndarray, order: np.ndarray, widths: np.ndarray) -> np.ndarray:

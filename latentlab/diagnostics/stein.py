@@ -30,8 +30,9 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from latentlab.diagnostics.arguments import labels, to_tensor, unit_of
 from latentlab.diagnostics.ess import ess
-from latentlab.diagnostics.estimate import Estimate, to_tensor
+from latentlab.diagnostics.estimate import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,7 +82,7 @@ class Stein:
     def largest(self) -> float:
         """The largest z-score in absolute value."""
         z = [self.slope_z, self.spread_z, *([] if self.pair_z is None else [self.pair_z])]
-        return max(float(part.abs().max()) for part in z)
+        return float(torch.cat([part.flatten() for part in z]).abs().max())
 
     @property
     def p_value(self) -> float:
@@ -89,6 +90,8 @@ class Stein:
         from scipy.special import log_ndtr  # imported late, as it takes long
 
         one = 2 * math.exp(float(log_ndtr(-self.largest)))
+        if math.isnan(one):
+            return math.nan
         return -math.expm1(self.num_tests * math.log1p(-one)) if one < 1 else 1.0
 
     @property
@@ -148,8 +151,10 @@ class Stein:
                 f"draws fit the target: largest of {self.num_tests} z-scores {self.largest:.1f} "
                 f"(p = {self.p_value:.2g})"
             )
+        if math.isnan(self.largest):
+            return "not known whether draws fit the target: z-scores are NaN"
         bound = min(self.largest / 2, 1e3)  # which may be infinite
-        named = [f"{text} (z = {z:.1f})" for z, text in self.worst[:_SHOWN] if abs(z) > bound]
+        named = [f"{text} (z = {_short(z)})" for z, text in self.worst[:_SHOWN] if abs(z) > bound]
         return (
             f"draws do not belong to the target: {'; '.join(named)} "
             f"(p = {self.p_value:.1g} over {self.num_tests} z-scores)"
@@ -208,20 +213,24 @@ def stein(
             f"scores: expected the shape of draws, {tuple(u.shape)}, got {tuple(g.shape)}"
         )
     L = u.shape[2]
-    labels = tuple(names) if names is not None else tuple(f"u[{i}]" for i in range(L))
-    if len(labels) != L:
-        raise ValueError(f"names: expected {L}, one for each latent, got {len(labels)}")
+    called = labels(names, L, "u", "latent")
+    unit_u, unit_g = unit_of(u, dim=(0, 1)), unit_of(g, dim=(0, 1))
+    u, g = u / unit_u, g / unit_g
     centred = u - u.flatten(0, 1).median(0).values
-    slope, slope_se, slope_z, size = _against(g, 0.0)
-    spread, spread_se, spread_z, size2 = _against(centred * g, -1.0)
+    slope, slope_se, slope_z, size = _against(g, torch.zeros(L).double())
+    expected = -1 / unit_u / unit_g
+    spread, spread_se, spread_z, size2 = _against(centred * g, expected)
     ess, pair_z = torch.minimum(size, size2).min(), None
     if L <= _MOST_IN_PAIRS:
-        rows = [_against(centred[:, :, i, None] * g, 0.0)[2] for i in range(L)]
+        none = torch.zeros(L).double()
+        rows = [_against(centred[:, :, i, None] * g, none)[2] for i in range(L)]
         pair_z = torch.stack(rows).fill_diagonal_(0.0)
-    return Stein(labels, slope, slope_se, slope_z, spread, spread_se, spread_z, pair_z, float(ess))
+    slope, slope_se = (part * unit_g for part in (slope, slope_se))
+    spread, spread_se = (part * unit_u * unit_g + 0.0 for part in (spread, spread_se))
+    return Stein(called, slope, slope_se, slope_z, spread, spread_se, spread_z, pair_z, float(ess))
 
 
-def _against(chains: Tensor, expected: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _against(chains: Tensor, expected: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Means of chains (C, S, L), their errors, z-scores and effective sizes, each (L,).
 
     Hall's transformation takes the skewness out of a mean's z-score, which for squares of a
@@ -235,12 +244,13 @@ def _against(chains: Tensor, expected: float) -> tuple[Tensor, Tensor, Tensor, T
     t = torch.where(off == 0, 0.0, off / se)
     safe = torch.where(sd > 0, sd, 1.0)
     a = ((flat - mean) / safe).pow(3).mean(0) / size.sqrt()
-    z = torch.where(t.isfinite(), t + a * t**2 / 3 + a**2 * t**3 / 27 + a / 6, t)
+    z = t + a * t**2 / 3 + a**2 * t**3 / 27 + a / 6
+    z = torch.where(z.isfinite(), z, t)  # so far out that its cube is not a number
     return mean, se, z, size
 
 
 def _chains(values: ArrayLike | Tensor, argument: str) -> Tensor:
-    chains = to_tensor(values).double()
+    chains = to_tensor(values, argument).double()
     if chains.dim() == 2:
         chains = chains[None]
     if chains.dim() != 3 or 0 in chains.shape or chains.shape[1] < _FEWEST_DRAWS:
@@ -256,6 +266,10 @@ def _chains(values: ArrayLike | Tensor, argument: str) -> Tensor:
             f"(first at draw {where[0]}, latent {where[1]})"
         )
     return chains
+
+
+def _short(z: float) -> str:
+    return f"{z:.1f}" if abs(z) < 1e6 else f"{z:.2g}"
 
 
 def _lists(*columns: Tensor) -> list[list[float]]:
