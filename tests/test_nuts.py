@@ -157,6 +157,7 @@ def test_divergences_and_lonely_chains_are_told(chains):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the model observes nothing")
 def test_a_funnel_is_not_believed():
     def funnel():
         v = pyro.sample("v", dist.Normal(0.0, 3.0))

@@ -50,7 +50,7 @@ class MeanField(Guide):
         return self.frame * self.log_scale.exp()
 
     def push(self, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """Points u (P, L) of given noise (P, L), and log |du/deps|."""
+        """Points u (P, L) of given noise (P, L), and ``log |du/deps|``."""
         v = self.loc + self.log_scale.exp() * eps
         return self.offset + self.frame * v, (self.log_scale + self.frame.log()).sum()
 
@@ -163,7 +163,7 @@ class FullRank(Guide):
         return self.frame @ self._tril()
 
     def push(self, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """Points u (P, L) of given noise (P, L), and log |du/deps|."""
+        """Points u (P, L) of given noise (P, L), and ``log |du/deps|``."""
         v = self.loc + eps @ self._tril().T
         return self.offset + v @ self.frame.T, (self.log_scale + self.frame.diagonal().log()).sum()
 

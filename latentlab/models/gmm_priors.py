@@ -43,7 +43,7 @@ from latentlab.distributions.wishart import NormalWishart, WishartCorrelations, 
 if TYPE_CHECKING:
     from latentlab.models.gmm import GaussianMixture
 
-__all__ = ["Conjugate", "Prior", "as_prior", "draw_latents"]
+__all__ = ["Conjugate", "Prior", "as_prior", "conjugate_to", "draw_latents"]
 
 
 @dataclass(frozen=True)
@@ -80,30 +80,6 @@ class Conjugate:
         """The prior as JSON values."""
         return asdict(self)
 
-    def of(self, model: GaussianMixture) -> NormalWishart:
-        """Its distribution for a mixture of standardised rows, float64.
-
-        Arguments:
-            model: the mixture.
-        """
-        K, D = model.num_components, model.num_features
-        d = D if model.is_tilted else 1
-        blocks: tuple[int, ...] = {"full": (K,), "tied": (), "diag": (K, D), "spherical": (K,)}[
-            model.covariance
-        ]
-        if D == 1 and model.covariance == "full":
-            blocks = (K, 1)
-        dof = d + 2.0 if self.dof is None else float(self.dof)
-        variance = K ** (-2 / D) if self.variance is None else float(self.variance)
-        one = model.spread.new_ones((), dtype=torch.float64)
-        return NormalWishart(
-            model.concentration * one.expand(K),
-            self.strength * one.expand(K),
-            one.new_zeros(K, D),
-            dof * one.expand(blocks),
-            (variance * torch.eye(d).to(one)).expand(*blocks, d, d),
-        )
-
 
 Prior = Literal["weak", "flat"] | Conjugate
 
@@ -135,6 +111,32 @@ def as_prior(prior: Any, num_features: int, is_tilted: bool) -> Prior:  # noqa: 
             f"got {found.dof:g}"
         )
     return found
+
+
+def conjugate_to(model: GaussianMixture, prior: Conjugate) -> NormalWishart:
+    """The distribution of a conjugate prior for a mixture of standardised rows, float64.
+
+    Arguments:
+        model: the mixture.
+        prior: its prior.
+    """
+    K, D = model.num_components, model.num_features
+    d = D if model.is_tilted else 1
+    blocks: tuple[int, ...] = {"full": (K,), "tied": (), "diag": (K, D), "spherical": (K,)}[
+        model.covariance
+    ]
+    if D == 1 and model.covariance == "full":
+        blocks = (K, 1)
+    dof = d + 2.0 if prior.dof is None else float(prior.dof)
+    variance = K ** (-2 / D) if prior.variance is None else float(prior.variance)
+    one = model.spread.new_ones((), dtype=torch.float64)
+    return NormalWishart(
+        model.concentration * one.expand(K),
+        prior.strength * one.expand(K),
+        one.new_zeros(K, D),
+        dof * one.expand(blocks),
+        (variance * torch.eye(d).to(one)).expand(*blocks, d, d),
+    )
 
 
 def draw_latents(model: GaussianMixture) -> dict[str, Tensor]:
@@ -169,7 +171,7 @@ def _weak(model: GaussianMixture) -> dict[str, Tensor]:
 
 
 def _conjugate(model: GaussianMixture, prior: Conjugate) -> dict[str, Tensor]:
-    found, latents = prior.of(model), dict[str, Tensor]()
+    found, latents = conjugate_to(model, prior), dict[str, Tensor]()
     like = model.spread
     dof, beta = found.dof.flatten()[0].to(like), found.strength[0].to(like)
     psi = (found.scale.flatten()[0].to(like) * model.unit.square()).expand(

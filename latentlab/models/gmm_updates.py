@@ -42,7 +42,7 @@ from latentlab.guides import Guide
 from latentlab.guides import NormalWishart as NormalWishartGuide
 from latentlab.guides import Point as PointGuide
 from latentlab.models.gmm_em import Point, expected, maximum
-from latentlab.models.gmm_priors import Conjugate
+from latentlab.models.gmm_priors import Conjugate, conjugate_to
 from latentlab.models.gmm_starts import clustered, greedy_rows, random_rows
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def updates_of(model: GaussianMixture, guide: object) -> PointUpdates | Conjugat
     if isinstance(guide, PointGuide) and model.prior == "flat":
         return PointUpdates(model, guide)
     if isinstance(guide, NormalWishartGuide) and isinstance(model.prior, Conjugate):
-        return ConjugateUpdates(model, guide, model.prior.of(model))
+        return ConjugateUpdates(model, guide, conjugate_to(model, model.prior))
     return None
 
 
