@@ -155,7 +155,7 @@ class LinksSites(Protocol):
     """An emission with a site that is drawn given another one of the same state."""
 
     def given(self, site: str, values: Mapping[str, Tensor]) -> Any:  # noqa: ANN401
-        """The prior of a site given values ``(..., K, *event)`` of those before it in ``sites()``."""
+        """The prior of a site given values ``(..., K, *event)`` of those before it."""
 
 
 @runtime_checkable
