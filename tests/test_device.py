@@ -246,7 +246,7 @@ def test_no_step_waits(guide, batch_size):
         assert waits["read"] == 1
         assert waits["sent"] == epochs
         assert sum(waits.values()) == 1 + epochs
-    assert "XLA runs on the CPU" in engine.why or "JAX" in engine.why
+    assert "where the pair itself takes the steps" in engine.why
 
 
 def test_a_step_that_leads_nowhere_is_told_of_later():

@@ -152,7 +152,7 @@ def sandwich(log_weights: ArrayLike | Tensor, order: float = 2.0) -> Sandwich:
     if not (isinstance(order, Real) and 1 < order < math.inf):
         raise ValueError(f"order: expected a number above 1, got {order!r}")
     log_w = to_tensor(log_weights, "log_weights").double()
-    found = psis(log_weights)
+    found = psis(log_w)
     S = len(log_w)
     iwae = {}
     K = 10

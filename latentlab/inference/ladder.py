@@ -3,7 +3,8 @@ r"""A ladder of guides, each rung begun where the one below ended.
 .. math:: \text{mean-field} \to \text{full-rank (or low-rank)} \to \text{flow}
 
 The next rung is tried while the k-hat of the importance weights is above 0.5, and kept where its
-ELBO is higher by more than the error of the difference; else the fit goes back down. To go from
+ELBO is higher by more than the error of the difference, or no lower with a k-hat that is not above
+0.5; else the fit goes back down. To go from
 mean-field to full-rank costs little, so that there it is also asked whether anything is to be
 gained: by the weights, the ELBO is below the evidence by
 
@@ -181,7 +182,9 @@ class Ladder:
             gain = Estimate(
                 there.elbo.value - here.elbo.value, math.hypot(here.elbo.se, there.elbo.se)
             )
-            if self.is_asked_for or gain.value > _BEYOND * gain.se:
+            # As high, and its weights are good: what asked to go up was a fault of those below.
+            is_sound = there.khat.value <= _ASKS and gain.value >= -_BEYOND * gain.se
+            if self.is_asked_for or is_sound or gain.value > _BEYOND * gain.se:
                 tried = [(s, why if s is here else note) for s, note in tried]
                 here = there
                 tried.append((here, ""))
