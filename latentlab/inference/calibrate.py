@@ -43,6 +43,7 @@ from latentlab.inference.posterior import Posterior
 from latentlab.inference.program import UntraceableError
 from latentlab.inference.progress import progress_bar
 from latentlab.inference.sandbox import manual_seed, stream
+from latentlab.inference.settings import expect_one_of
 from latentlab.inference.simulate import Simulations, simulate
 from latentlab.inference.starts import Starts
 from latentlab.inference.swarm import UNSETTLED, Swarm
@@ -174,9 +175,7 @@ def calibrate(
         >>> found.names
         ('loc', 'log-likelihood')
     """
-    if backend not in get_args(Backend):
-        listed = ", ".join(f'"{name}"' for name in get_args(Backend))
-        raise ValueError(f"backend: expected one of {listed}, got {backend!r}")
+    expect_one_of(get_args(Backend), backend, "backend")
     sizes = (
         as_count(num_simulations, "num_simulations", minimum=10),
         as_count(num_draws, "num_draws", minimum=9),
@@ -225,9 +224,7 @@ def _latents(pair: Pair, around: Posterior, num: int, seed: int) -> dict[str, Te
 def _looked_at(model: Callable, data: Any, guide: Any) -> Pair:  # noqa: ANN401
     """The pair to be refitted, on a guide with a spread."""
     pair, report = prepare(model, data, guide)
-    if not report.ok:
-        fatal = [str(fault) for fault in report.faults if fault.fatal]
-        raise ValueError("the pair cannot be fitted: " + "; ".join(fatal))
+    report.expect_ok("the pair cannot be fitted")
     is_auto = isinstance(guide, str) and guide == "auto"
     if is_auto and not isinstance(owner_of(pair.model), OffersGuide):
         size = sum(math.prod(z.free_shape) for z in pair.latents)

@@ -90,6 +90,11 @@ class PairReport:
         """Whether a fit may start."""
         return not any(fault.fatal for fault in self.faults)
 
+    def expect_ok(self, what: str) -> None:
+        """Raise a ``ValueError`` that says what cannot be done, and names each fatal fault."""
+        if not self.ok:
+            raise ValueError(f"{what}: " + "; ".join(str(f) for f in self.faults if f.fatal))
+
     def __str__(self) -> str:
         head = "the pair can be fitted" if self.ok else "the pair cannot be fitted"
         lines = [("fault: " if f.fatal else "note: ") + str(f) for f in self.faults]

@@ -16,7 +16,7 @@ from latentlab.diagnostics import Estimate
 from latentlab.inference import objectives
 from latentlab.inference.arguments import as_arguments
 from latentlab.inference.batches import num_rows, split
-from latentlab.inference.check import Fault, prepare
+from latentlab.inference.check import prepare
 from latentlab.inference.checkpoint import fingerprint
 from latentlab.inference.climbs import Climbs, few_threads, some_rows
 from latentlab.inference.devices import as_device
@@ -186,8 +186,7 @@ def _fit(
     try:
         whole, in_batches = None if held is None else data, settings.batch_size is not None
         pair, report = prepare(model, fitted, guide, whole, device, in_batches)
-        if not report.ok:
-            raise ValueError(_refusal(report.faults))
+        report.expect_ok("the pair cannot be fitted")
     except (TypeError, ValueError) as error:
         if held is None:
             raise
@@ -260,11 +259,6 @@ def _other_notes(pair: Pair, ranks: Ranks) -> Iterator[str]:
         whose = "each row" if pair.bound.plate else "all data in one"
         yield f"climbed {pair.bound.objective}, with the weights of {whose}; the ELBO is reported"
     yield from ranks.notes()
-
-
-def _refusal(faults: tuple[Fault, ...]) -> str:
-    fatal = [str(fault) for fault in faults if fault.fatal]
-    return "the pair cannot be fitted: " + "; ".join(fatal)
 
 
 def _figures(

@@ -82,9 +82,7 @@ def _check(
     draws: Posterior | Chains | Mapping[str, Any],
 ) -> Stein:
     pair, report = prepare(model, data, MeanField())
-    if not report.ok:
-        fatal = [str(fault) for fault in report.faults if fault.fatal]
-        raise ValueError("the model cannot be scored: " + "; ".join(fatal))
+    report.expect_ok("the model cannot be scored")
     _learn(pair, draws)
     if isinstance(draws, Posterior):
         draws = draws.sample(_DRAWS)

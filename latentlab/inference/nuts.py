@@ -40,6 +40,7 @@ from latentlab.inference.devices import CPU
 from latentlab.inference.pair import Pair
 from latentlab.inference.program import UntraceableError
 from latentlab.inference.sandbox import manual_seed, stream
+from latentlab.inference.settings import expect_one_of
 from latentlab.inference.starts import Starts
 
 __all__ = ["nuts"]
@@ -117,9 +118,7 @@ def nuts(
         >>> chains.draws["loc"].shape                              # chain, draw
         torch.Size([4, 200])
     """
-    if backend not in get_args(Backend):
-        listed = ", ".join(f'"{name}"' for name in get_args(Backend))
-        raise ValueError(f"backend: expected one of {listed}, got {backend!r}")
+    expect_one_of(get_args(Backend), backend, "backend")
     if not isinstance(target_accept, int | float) or not 0.5 <= target_accept < 1:
         raise ValueError(f"target_accept: expected a number in [0.5, 1), got {target_accept!r}")
     plan = _Plan(
@@ -143,9 +142,7 @@ def _sampled(
     begin = time.perf_counter()
     guide = MeanField()  # never fitted: it lays the latents out on the real line
     pair, report = prepare(model, data, guide)
-    if not report.ok:
-        fatal = [str(fault) for fault in report.faults if fault.fatal]
-        raise ValueError("the model cannot be sampled: " + "; ".join(fatal))
+    report.expect_ok("the model cannot be sampled")
     for fault in report.faults:
         warnings.warn(str(fault), stacklevel=4)
     _expect_priors(pair)

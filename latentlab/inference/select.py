@@ -314,9 +314,7 @@ _reads_anything = _ReadsAnything()
 def _count(model: Callable, data: Arguments, guide: Any) -> tuple[int, bool]:  # noqa: ANN401
     """The number of data, and whether they may be parted."""
     pair, report = prepare(model, data, guide)
-    if not report.ok:
-        fatal = "; ".join(str(fault) for fault in report.faults if fault.fatal)
-        raise ValueError(f"the pair cannot be fitted: {fatal}")
+    report.expect_ok("the pair cannot be fitted")
     N = next((len(v) for v in (*data.args, *data.kwargs.values()) if _has_rows(v)), 1)
     plate = predictive.datum_plate(pair)
     sizes = {

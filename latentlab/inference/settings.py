@@ -17,7 +17,7 @@ from latentlab.inference.steps import Backend
 from latentlab.objectives import ELBO, Objective
 from latentlab.protocols import Anneals, owner_of
 
-__all__ = ["RATE", "Method", "Settings", "bound_of"]
+__all__ = ["RATE", "Method", "Settings", "bound_of", "expect_one_of"]
 
 Method = Literal["auto", "stages", "saa", "natural"]
 
@@ -75,8 +75,8 @@ class Settings:
                 raise ValueError(f"{name}: expected a number {range_}, got {value!r}")
         if seed is None:
             raise ValueError("seed: expected an int >= 0, got None")
-        _expect_one_of(get_args(Backend), backend, "backend")
-        _expect_one_of(get_args(Method), method, "method")
+        expect_one_of(get_args(Backend), backend, "backend")
+        expect_one_of(get_args(Method), method, "method")
         if not isinstance(objective, Objective) or type(objective) is Objective:
             raise ValueError(
                 "objective: expected one of latentlab.objectives, as ELBO() or "
@@ -96,7 +96,17 @@ class Settings:
         )
 
 
-def _expect_one_of(known: tuple[str, ...], value: Any, name: str) -> None:  # noqa: ANN401
+def expect_one_of(known: tuple[str, ...], value: Any, name: str) -> None:  # noqa: ANN401
+    """Refuse a word that is none of those that are known.
+
+    Arguments:
+        known: the words.
+        value: what was given.
+        name: of the argument.
+
+    Raises:
+        ValueError: listing the words.
+    """
     if str(value) not in known:
         listed = ", ".join(f'"{choice}"' for choice in known)
         raise ValueError(f"{name}: expected one of {listed}, got {value!r}")

@@ -21,7 +21,7 @@ from latentlab.inference import objectives, predictive
 from latentlab.inference.pair import Arguments, Pair
 from latentlab.inference.sandbox import manual_seed
 
-__all__ = ["Simulations", "simulate"]
+__all__ = ["Simulations", "prior_draws", "simulate"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def simulate(
     if not places:
         raise ValueError("model: it observes nothing (pyro.sample(..., obs=)) to be simulated")
     with torch.no_grad():
-        truth = _from_prior(pair, num_simulations) if latents is None else dict(latents)
+        truth = prior_draws(pair, num_simulations) if latents is None else dict(latents)
         batches = {
             z.name: truth[z.name].reshape(
                 num_simulations,
@@ -97,23 +97,28 @@ def _as(drawn: Tensor, like: Tensor) -> Tensor:
     return drawn.to(like.dtype) if whole or like.is_floating_point() else drawn
 
 
-def _from_prior(pair: Pair, num: int) -> dict[str, Tensor]:
-    """Latents of the prior, the observed sites left as they are."""
-    if pair.vectorised:
-        with objectives.particles(num, pair), objectives.Substitute({}) as record:
-            pair.data.call(pair.model)
-        found = record.values
-        shapes = {z.name: z.shape for z in pair.latents}
-        return {
-            k: found[k].expand(num, *found[k].shape[1:]).reshape(num, *s)
-            for k, s in shapes.items()
-        }
-    singles = []
-    for _ in range(num):
-        with objectives.Substitute({}) as record:
-            pair.data.call(pair.model)
-        singles.append(record.values)
-    return {z.name: torch.stack([s[z.name] for s in singles]) for z in pair.latents}
+def prior_draws(pair: Pair, num_draws: int) -> dict[str, Tensor]:
+    """Draws of the latents from the prior (S, ...), the observed sites left as they are.
+
+    Arguments:
+        pair: the pair, entered.
+        num_draws: number of draws S.
+    """
+    with torch.no_grad():
+        if pair.vectorised:
+            with objectives.particles(num_draws, pair), objectives.Substitute({}) as record:
+                pair.data.call(pair.model)
+            found = record.values
+            return {
+                z.name: found[z.name].reshape(-1, *z.shape).expand(num_draws, *z.shape)
+                for z in pair.latents
+            }
+        singles = []
+        for _ in range(num_draws):
+            with objectives.Substitute({}) as record:
+                pair.data.call(pair.model)
+            singles.append(record.values)
+        return {z.name: torch.stack([s[z.name] for s in singles]) for z in pair.latents}
 
 
 def _places(pair: Pair) -> dict[str, tuple[int, Tensor]]:

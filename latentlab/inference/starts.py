@@ -35,6 +35,7 @@ from latentlab.inference.modes import standing
 from latentlab.inference.pair import Pair
 from latentlab.inference.replay import done, go_to
 from latentlab.inference.sandbox import manual_seed, stream
+from latentlab.inference.simulate import prior_draws
 from latentlab.inference.training import SINGULAR
 from latentlab.protocols import StartsFrom, owner_of
 
@@ -160,7 +161,7 @@ class Starts:
     def _prior(self, guide: Guide, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Draws of the prior on the real line, their median and half their width, (L,) each."""
         manual_seed(seed)
-        free = guide.pack(_prior_draws(self.pair, _PRIOR_DRAWS))
+        free = guide.pack(prior_draws(self.pair, _PRIOR_DRAWS))
         free = torch.where(torch.isfinite(free), free, 0.0)
         if not free.shape[1]:  # as of a Dirichlet over one share
             return free, free[0], free[0]
@@ -270,22 +271,3 @@ def _arrow(pair: Pair, guide: Guide, mode: Tensor, unit: Tensor) -> Arrow:
     by_global, by_row = matrix[: len(outer)], matrix[len(outer) :]
     cross, blocks = (part[:, inner].movedim(0, -1) for part in (by_global, by_row))
     return Arrow(by_global[:, outer], cross, blocks)
-
-
-def _prior_draws(pair: Pair, num_draws: int) -> dict[str, Tensor]:
-    """Draws of the latents from the prior, the observed sites left as they are."""
-    with torch.no_grad():
-        if pair.vectorised:
-            with objectives.particles(num_draws, pair), objectives.Substitute({}) as record:
-                pair.data.call(pair.model)
-            found = record.values
-            return {
-                z.name: found[z.name].reshape(-1, *z.shape).expand(num_draws, *z.shape)
-                for z in pair.latents
-            }
-        singles = []
-        for _ in range(num_draws):
-            with objectives.Substitute({}) as record:
-                pair.data.call(pair.model)
-            singles.append(record.values)
-        return {z.name: torch.stack([s[z.name] for s in singles]) for z in pair.latents}

@@ -24,7 +24,7 @@ from latentlab.inference.program import Program, inputs, moving, record, verify
 from latentlab.inference.sandbox import stream
 from latentlab.inference.simulate import Simulations
 from latentlab.inference.starts import Starts
-from latentlab.inference.xla import read, to_jax
+from latentlab.inference.xla import BETAS, adam, read, to_jax, to_torch
 from latentlab.protocols import StartsFrom, owner_of
 
 __all__ = ["UNSETTLED", "Swarm"]
@@ -37,7 +37,6 @@ _FIRST, _LAST = 0.3, 0.006  # rates of the warm-up, in units of the frame
 _RATES = (0.1, 0.05, 0.025, 0.0125)  # of the stages
 UNSETTLED = 0.1
 """Posterior standard deviations by which the last stage of a fit that is at rest may move."""
-_BETAS = (0.9, 0.999)
 
 Array = Any
 
@@ -135,8 +134,8 @@ class Swarm:
         state = [x.detach().expand(M, *x.shape).contiguous() for x in moving(self.pair).values()]
         noise = [z.expand(n, M, *z.shape).contiguous() for z in tape]
         carry, elbos = self._run(self._begin(state), state, noise, [0.0] * n, [0.0] * n)
-        kept = 1 - _BETAS[0] ** n
-        return float(elbos[0][m]), [_tensor(x)[m] / kept for x in carry[1]]
+        kept = 1 - BETAS[0] ** n
+        return float(elbos[0][m]), [to_torch(x)[m] / kept for x in carry[1]]
 
     def _begin(self, state: Sequence[Tensor]) -> Array:
         """What steps carry: parameters, Adam's moments, the sum of parameters, and an age."""
@@ -177,7 +176,7 @@ class Swarm:
             carry, _ = self._run(carry, self._state, noise, part, counts)
             self.tick((done + first) / total)
         for k, array in enumerate(carry[3]):
-            self._state[k] = _tensor(array).clone() / (len(rates) - later)
+            self._state[k] = to_torch(array).clone() / (len(rates) - later)
 
     def _places(self) -> list[tuple[Tensor, Tensor]]:
         """Means and standard deviations on the real line, where a guide of ours tells them."""
@@ -231,16 +230,13 @@ def _built(program: Program, axes: tuple[int | None, ...]) -> Callable:
             slopes, elbo = slope_of(learned, frame, data, constants, noise)
             t = t + 1
             age = t.astype(rate.dtype)
-            wear = [1 - beta**age for beta in _BETAS]
+            wear = [1 - beta**age for beta in BETAS]
             moved, firsts, seconds, totals = [], [], [], []
             for p, m, v, s, g in zip(learned, first, second, total, slopes, strict=True):
                 flat = jnp.isfinite(g).reshape(len(g), -1).all(1)
                 g = jnp.where(flat.reshape(-1, *[1] * (g.ndim - 1)), g, 0)
-                m = m + (1 - _BETAS[0]) * (g - m)
-                v = _BETAS[1] * v + (1 - _BETAS[1]) * g * g
                 # The eps of a fit: small slopes make small steps, in the guide's own frame.
-                size = jnp.sqrt(v / wear[1]) + jnp.maximum(rate, 1e-30)
-                p = (p - rate / wear[0] * m / size).astype(p.dtype)
+                p, m, v = adam(p, m, v, g, wear, rate, jnp.maximum(rate, 1e-30))
                 firsts.append(m)
                 seconds.append(v)
                 moved.append(p)
@@ -250,7 +246,3 @@ def _built(program: Program, axes: tuple[int | None, ...]) -> Callable:
         return jax.lax.scan(step, carry, plan)
 
     return jax.jit(call)
-
-
-def _tensor(array: Array) -> Tensor:
-    return torch.utils.dlpack.from_dlpack(array)

@@ -31,9 +31,9 @@ from torch import Tensor, fx
 from latentlab.inference.lowerings import lowerings
 from latentlab.inference.program import Program, UntraceableError
 
-__all__ = ["Steps", "has_jax", "read", "to_jax"]
+__all__ = ["BETAS", "Steps", "adam", "has_jax", "read", "to_jax", "to_torch"]
 
-_BETAS = (0.9, 0.999)
+BETAS = (0.9, 0.999)
 _KEPT = 64  # compiled programs
 
 Array = Any
@@ -119,7 +119,30 @@ def to_jax(tensors: Sequence[Tensor]) -> tuple:
     return tuple(x.detach().numpy() for x in tensors)
 
 
-def _tensor(array: Array) -> Tensor:
+def adam(
+    p: Array, m: Array, v: Array, g: Array, wear: Sequence[Array], rate: Array, eps: Array
+) -> tuple[Array, Array, Array]:
+    """A step of Adam: the parameter, and the means of its slope and of their squares.
+
+    Arguments:
+        p: the parameter.
+        m: mean of the slopes.
+        v: mean of their squares.
+        g: the slope here.
+        wear: what the means have of their weight by now.
+        rate: of the step.
+        eps: added to the root.
+    """
+    from jax import numpy as jnp
+
+    m = m + (1 - BETAS[0]) * (g - m)
+    v = BETAS[1] * v + (1 - BETAS[1]) * g * g
+    size = jnp.sqrt(v / wear[1]) + eps
+    return (p - rate / wear[0] * m / size).astype(p.dtype), m, v
+
+
+def to_torch(array: Array) -> Tensor:
+    """An array of JAX as a tensor, in the memory that it has."""
     return torch.utils.dlpack.from_dlpack(array)
 
 
@@ -182,8 +205,8 @@ class Steps:
             self._moments = tuple(moments)
             with torch.no_grad():
                 for parameter, array in zip(learned, now, strict=True):
-                    parameter.copy_(_tensor(array))
-            return _tensor(elbos).flatten().tolist(), _tensor(path)
+                    parameter.copy_(to_torch(array))
+            return to_torch(elbos).flatten().tolist(), to_torch(path)
 
     def steepest(self) -> tuple[str, float]:
         """The parameter with the largest gradient of late, and at most how large it was.
@@ -193,7 +216,7 @@ class Steps:
         import numpy as np
 
         largest = [float(np.asarray(v).max(initial=0.0)) for v in self._moments[1]]
-        slopes = [math.inf if math.isnan(v) else math.sqrt(v / (1 - _BETAS[1])) for v in largest]
+        slopes = [math.inf if math.isnan(v) else math.sqrt(v / (1 - BETAS[1])) for v in largest]
         return max(zip(self.program.names, slopes, strict=False), key=lambda named: named[1])
 
     def slope(
@@ -211,8 +234,8 @@ class Steps:
         self._held = self._moments = None
         elbos, _ = self.run(tapes, [0.0] * num_steps, every, chosen)
         with jax.enable_x64(True):
-            kept = 1 - _BETAS[0] ** num_steps
-            return elbos[0], [_tensor(m) / kept for m in self._moments[0]]
+            kept = 1 - BETAS[0] ** num_steps
+            return elbos[0], [to_torch(m) / kept for m in self._moments[0]]
 
     def memory(self) -> dict[str, Tensor]:
         """What Adam remembers of the steps so far, by name; nothing before the first."""
@@ -223,7 +246,7 @@ class Steps:
         with jax.enable_x64(True):
             *both, count = self._moments
             named = {f"{m}.{k}": a for m, part in enumerate(both) for k, a in enumerate(part)}
-            return {name: _tensor(a).clone() for name, a in {**named, "count": count}.items()}
+            return {name: to_torch(a).clone() for name, a in {**named, "count": count}.items()}
 
     def recall(self, memory: Mapping[str, Tensor]) -> None:
         """Go on from what :meth:`memory` gave."""
@@ -270,13 +293,13 @@ def _built(program: Program, batched: bool) -> Callable:
             (_, elbo), slopes = slope_of(learned, frame, batch, constants, noise)
             t = t + 1
             age = t.astype(rate.dtype)
-            wear = [1 - beta**age for beta in _BETAS]
+            wear = [1 - beta**age for beta in BETAS]
             moved, firsts, seconds = [], [], []
             for k, (p, m, v, g) in enumerate(zip(learned, first, second, slopes, strict=True)):
-                firsts.append(m + (1 - _BETAS[0]) * (g - m))
-                seconds.append(_BETAS[1] * v + (1 - _BETAS[1]) * g * g)
-                size = jnp.sqrt(seconds[-1] / wear[1]) + eps[k]
-                moved.append((p - rate * units[k] / wear[0] * firsts[-1] / size).astype(p.dtype))
+                p, m, v = adam(p, m, v, g, wear, rate * units[k], eps[k])
+                moved.append(p)
+                firsts.append(m)
+                seconds.append(v)
             return (tuple(moved), tuple(firsts), tuple(seconds), t), elbo
 
         def stretch(carry: Array, now: Array) -> Array:
