@@ -24,7 +24,7 @@ from latentlab.diagnostics import (
 )
 from latentlab.guides import Draws, Families, Guide
 from latentlab.inference import objectives, predictive
-from latentlab.inference.axes import labels_of
+from latentlab.inference.axes import names_of
 from latentlab.inference.batches import follows_rows
 from latentlab.inference.chains import Chains
 from latentlab.inference.evaluation import chunks
@@ -132,8 +132,7 @@ def compare_draws(
                 f"reference: expected draws of {site!r} of shape {shape}, got "
                 f"{tuple(theirs[site].shape[2:])}"
             )
-        labels = labels_of(posterior.pair, site, shape)
-        names += [f"{site}[{label}]" if label else site for label in labels]
+        names += names_of(posterior.pair, site, shape)
         a.append(ours[site].reshape(num_samples, -1).double())
         b.append(theirs[site].flatten(2).double() if shape else theirs[site][..., None].double())
     reference_draws = torch.cat(b, -1)
@@ -197,8 +196,7 @@ def sensitivity(posterior: Posterior, num_samples: int, seed: int | None) -> Sen
         value = draws.values[latent.name].reshape(num_samples, *latent.shape)
         if not value.is_floating_point():
             continue  # a label has no mean that could move
-        labels = labels_of(pair, latent.name, latent.shape)
-        names += [f"{latent.name}[{label}]" if label else latent.name for label in labels]
+        names += names_of(pair, latent.name, latent.shape)
         figures.append(value.reshape(num_samples, -1).double())
     parts = prior.cpu(), rest.cpu(), log_weights.cpu()
     return diagnostics.sensitivity(torch.cat(figures, -1).cpu(), *parts, names)

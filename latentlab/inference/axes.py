@@ -7,7 +7,7 @@ import itertools
 from latentlab.inference.pair import Pair
 from latentlab.protocols import NamesDims, columns_along, owner_of
 
-__all__ = ["coords_of", "dims_of", "labels_of"]
+__all__ = ["coords_of", "dims_of", "labels_of", "names_of"]
 
 
 def dims_of(pair: Pair, site: str, num_axes: int) -> tuple[str, ...]:
@@ -53,3 +53,14 @@ def labels_of(pair: Pair, site: str, shape: tuple[int, ...]) -> list[str]:
         shape: of a value.
     """
     return [", ".join(parts) for parts in itertools.product(*coords_of(pair, site, shape))]
+
+
+def names_of(pair: Pair, site: str, shape: tuple[int, ...]) -> list[str]:
+    """One name for each number of a site, as ``"locs[1, width]"``; a single one is the site's.
+
+    Arguments:
+        pair: the pair, with its data.
+        site: the site.
+        shape: of a value.
+    """
+    return [f"{site}[{label}]" if label else site for label in labels_of(pair, site, shape)]
